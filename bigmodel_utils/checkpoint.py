@@ -107,7 +107,9 @@ def load(
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         header, version = json.loads(metadata["header"]), int(metadata["version"])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is truncated, damaged or not one of this course's checkpoints ({error}): use another copy") from None
+        raise CheckpointError(
+            f"{path} is truncated, damaged or not one of this course's checkpoints ({error}): use another copy"
+        ) from None
     if version > VERSION:
         raise CheckpointError(f"{path} has format version {version}, this package reads up to {VERSION}: update the package")
     if metadata["sha256"] != _checksum(tensors):
@@ -140,9 +142,15 @@ def _load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) ->
     found = {name: tuple(value.shape) for name, value in state.items()}
     wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
     wrong += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-    wrong += [f"{name} is {found[name]}, not {expected[name]}" for name in expected.keys() & found.keys() if found[name] != expected[name]]
+    wrong += [
+        f"{name} is {found[name]}, not {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
     if wrong:
-        raise CheckpointError(f"{path} is of another architecture: {'; '.join(sorted(wrong)[:5])}. Build the model from the saved configuration")
+        raise CheckpointError(
+            f"{path} is of another architecture: {'; '.join(sorted(wrong)[:5])}. Build the model from the saved configuration"
+        )
     model.load_state_dict(state)
 
 

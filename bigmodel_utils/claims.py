@@ -9,7 +9,6 @@ Prose cites a claim by a link to its id, for instance ``R2 of [0.88](#05-mlp-r2)
 from __future__ import annotations
 
 import math
-import operator
 import re
 from dataclasses import asdict, dataclass, field
 
@@ -17,8 +16,8 @@ RELATIONS = {
     "==": lambda value, reference, tolerance: abs(value - reference) <= tolerance,
     "<=": lambda value, reference, tolerance: value <= reference + tolerance,
     ">=": lambda value, reference, tolerance: value >= reference - tolerance,
-    "<": lambda value, reference, tolerance: operator.lt(value, reference + tolerance),
-    ">": lambda value, reference, tolerance: operator.gt(value, reference - tolerance),
+    "<": lambda value, reference, tolerance: value < reference + tolerance,
+    ">": lambda value, reference, tolerance: value > reference - tolerance,
 }
 SIGNS = {"==": "=", "<=": "≤", ">=": "≥", "<": "<", ">": ">"}
 MARKS = {"pass": "✓", "fail": "✗", "not tested": "–"}
@@ -64,9 +63,9 @@ class Claim:
         return f"{value}{unit}, held to {SIGNS[self.relation]} {reference}{margin}{unit}"
 
     def _repr_markdown_(self) -> str:
-        lines = [f"{MARKS[self.status]} **{self.id}**: {self.statement} (*{self.figures()}*; {self.source})"]
-        lines += [f"  - {'yes' if holds else 'no'}: {finding}" for finding, holds in self.findings.items()]
-        return "\n".join(["- " + lines[0], *lines[1:]])
+        line = f"{MARKS[self.status]} **{self.id}**: {self.statement} (*{self.figures()}*; {self.source})"
+        findings = [f"- {'yes' if holds else 'no'}: {finding}" for finding, holds in self.findings.items()]
+        return "\n".join([line, "", *findings] if findings else [line])
 
     def __repr__(self) -> str:
         return f"{MARKS[self.status]} {self.id}: {self.statement} ({self.figures()})"
@@ -202,13 +201,16 @@ def prose_errors(markdown: str, claims: dict[str, dict]) -> list[str]:
         claim, shown = claims[id], NUMBER.search(text)
         if claim["status"] == "not tested" or shown is None or claim["value"] is None:
             continue
-        digits = shown.group().replace(",", "").replace("−", "-")
-        number, n_decimals = float(digits), len(digits.partition("e")[0].partition(".")[2])
         scale = 100.0 if "%" in text else 1.0
-        if "e" in digits:
-            n_decimals -= int(digits.partition("e")[2])
-        near = lambda figure: abs(number - figure * scale) <= 0.5 * 10**-n_decimals * (1 + 1e-9)  # noqa: E731
-        if not (near(claim["value"]) or near(claim["reference"])):
+        if not any(_agrees(shown.group(), scale * claim[figure]) for figure in ("value", "reference")):
             figures = f"{claim['value']:.6g} (reference {claim['reference']:.6g})"
             errors.append(f"the prose says {text!r} for claim {id!r}, whose value is {figures}")
     return errors
+
+
+def _agrees(shown: str, figure: float) -> bool:
+    """Whether a number as written is `figure` rounded to the digits written."""
+    digits = shown.replace(",", "").replace("−", "-")
+    mantissa, _, exponent = digits.partition("e")
+    n_decimals = len(mantissa.partition(".")[2]) - int(exponent or 0)
+    return abs(float(digits) - figure) <= 0.5 * 10.0**-n_decimals * (1 + 1e-6)

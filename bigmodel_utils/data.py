@@ -46,6 +46,9 @@ SOLUBILITY = Card(
 )
 
 
+MORGAN_RADIUS = 1  # bonds around an atom; chosen on validation data in notebook 05
+
+
 def load_solubility() -> pd.DataFrame:
     """The solubility data as published, one row a molecule.
 
@@ -90,12 +93,14 @@ def clean_solubility(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: as from `load_solubility`.
     """
-    table = table.groupby(["split", "smiles"], as_index=False, sort=False).agg(name=("name", "first"), solubility=("solubility", "mean"))
+    table = table.groupby(["split", "smiles"], as_index=False, sort=False).agg(
+        name=("name", "first"), solubility=("solubility", "mean")
+    )
     tested = set(table.smiles[table.split == "test"])
     return table[(table.split == "test") | ~table.smiles.isin(tested)].reset_index(drop=True)
 
 
-def morgan_counts(smiles: Sequence[str], n_features: int = 1000, radius: int = 2) -> np.ndarray:
+def morgan_counts(smiles: Sequence[str], n_features: int = 1000, radius: int = MORGAN_RADIUS) -> np.ndarray:
     """Hashed counts of each molecule's atom neighbourhoods up to `radius` bonds (Morgan or circular fingerprint).
 
     Source: Rogers and Hahn 2010, https://doi.org/10.1021/ci100050t.
@@ -152,13 +157,15 @@ class Standardizer:
         return x * self.scale + self.mean
 
 
-def prepare_solubility(n_features: int = 1000, validation_fraction: float = 0.2, seed: int = 0) -> dict[str, Split]:
+def prepare_solubility(
+    n_features: int = 1000, validation_fraction: float = 0.2, seed: int = 0, radius: int = MORGAN_RADIUS
+) -> dict[str, Split]:
     """Cleaned solubility data as tensors: "train", "validation" (drawn at random from the training rows) and "test".
 
     Features are raw Morgan counts and targets log10 of mol/L; fit a `Standardizer` on "train" alone.
     """
     table = clean_solubility(load_solubility())
-    x = torch.from_numpy(morgan_counts(table.smiles.tolist(), n_features))
+    x = torch.from_numpy(morgan_counts(table.smiles.tolist(), n_features, radius))
     y = torch.tensor(table.solubility.to_numpy(), dtype=torch.float32).unsqueeze(1)
     is_test = torch.tensor(table.split.to_numpy() == "test")
     rows = torch.nonzero(~is_test).squeeze(1)

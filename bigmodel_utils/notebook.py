@@ -100,6 +100,6 @@ def show_source(item: Any) -> Any:
     Returns:
         a displayable object; end the cell with the call.
     """
-    from IPython.display import Code
+    from IPython.display import Markdown
 
-    return Code(inspect.getsource(inspect.unwrap(item)).rstrip(), language="python")
+    return Markdown(f"```python\n{inspect.getsource(inspect.unwrap(item)).rstrip()}\n```")

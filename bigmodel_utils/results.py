@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def save(values: Mapping[str, Any]) -> Path:
         "claims": [asdict(claim) for claim in claims.ledger],
         "provenance": {
             "parameters": run.parameters,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **git_state(),
             "python": platform.python_version(),
             "versions": versions(),

@@ -10,6 +10,55 @@ from itertools import pairwise
 from bigmodel_utils.models import MLPConfig, count_parameters
 
 
+def product_flops(m: int, k: int, n: int) -> int:
+    """FLOPs of an (m, k) times (k, n) product: each of the m n results is k multiplications and k additions."""
+    return 2 * m * k * n
+
+
+def product_bytes(m: int, k: int, n: int, bytes_per_number: int = 4) -> int:
+    """The least traffic of that product: both factors read once, the result written once."""
+    return bytes_per_number * (m * k + k * n + m * n)
+
+
+def roofline_s(n_flops: float, n_bytes: float, flops_per_s: float, bytes_per_s: float) -> float:
+    """The least seconds that the work can take: arithmetic and traffic overlap, and the slower of the two decides.
+
+    Source: Williams, Waterman and Patterson 2009, https://doi.org/10.1145/1498765.1498785.
+
+    Raises:
+        ValueError: for a rate that is not positive.
+    """
+    if flops_per_s <= 0 or bytes_per_s <= 0:
+        raise ValueError(f"rates must be positive, got {flops_per_s} FLOP/s and {bytes_per_s} bytes/s")
+    return max(n_flops / flops_per_s, n_bytes / bytes_per_s)
+
+
+def step_products(config: MLPConfig, batch_size: int) -> list[tuple[int, int, int]]:
+    """The matrix products (m, k, n) of one training step: a layer's output, its weights' gradient, its input's gradient.
+
+    The first layer's input gradient is missing: nothing is trained below it.
+    """
+    products = []
+    for layer, (d_in, d_out) in enumerate(pairwise(config.widths)):
+        products += [(batch_size, d_in, d_out), (d_out, batch_size, d_in)]
+        if layer > 0:
+            products.append((batch_size, d_out, d_in))
+    return products
+
+
+def step_s(config: MLPConfig, batch_size: int, flops_per_s: float, bytes_per_s: float) -> float:
+    """The least seconds of one training step with plain SGD in float32: its products one after another, then the update.
+
+    The update reads every weight and its gradient and writes the weight. Biases, ReLUs, the loss and the time that
+    starting each operation takes are not counted.
+    """
+    products = (
+        roofline_s(product_flops(*shape), product_bytes(*shape), flops_per_s, bytes_per_s)
+        for shape in step_products(config, batch_size)
+    )
+    return sum(products) + 3 * 4 * count_parameters(config) / bytes_per_s
+
+
 def forward_flops(config: MLPConfig, n_samples: int) -> int:
     """FLOPs of one forward pass over `n_samples` rows: two a weight and row; biases and ReLUs are not counted."""
     return 2 * n_samples * sum(d_in * d_out for d_in, d_out in pairwise(config.widths))
@@ -40,5 +89,7 @@ def training_memory_bytes(config: MLPConfig, batch_size: int, *, n_optimizer_slo
         n_optimizer_slots: numbers that the optimiser keeps a weight: 0 for SGD, 1 with momentum, 2 for Adam.
         bytes_per_number: 4 for float32.
     """
-    n_activations = batch_size * (config.widths[0] + 2 * sum(config.widths[1:-1]) + config.widths[-1])  # linear and ReLU outputs
+    n_activations = batch_size * (
+        config.widths[0] + 2 * sum(config.widths[1:-1]) + config.widths[-1]
+    )  # linear and ReLU outputs
     return bytes_per_number * ((2 + n_optimizer_slots) * count_parameters(config) + n_activations)

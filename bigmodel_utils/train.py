@@ -7,11 +7,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+
+from bigmodel_utils import checkpoint, data
+from bigmodel_utils.models import MLP, MLPConfig
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (prediction, target) -> mean loss over the batch, a scalar
 
@@ -90,7 +94,9 @@ def fit(
             if config.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             if not math.isfinite(loss.item()):
-                raise TrainingError(f"the loss is {loss.item()} in epoch {epoch}, step {step}: check the data for NaN, or lower the learning rate")
+                raise TrainingError(
+                    f"the loss is {loss.item()} in epoch {epoch}, step {step}: check the data for NaN, or lower the learning rate"
+                )
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -136,3 +142,79 @@ def r_squared(prediction: Tensor, target: Tensor) -> float:
     """Coefficient of determination: 1 - sum of squared errors over the sum of squares around the target's mean."""
     residual = (target - prediction).double()
     return 1 - float(residual.square().sum() / (target.double() - target.double().mean()).square().sum())
+
+
+def fit_solubility(
+    parts: dict[str, data.Split],
+    *,
+    config: MLPConfig = MLPConfig(),
+    n_epochs: int = 60,
+    weight_decay: float = 1e-2,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> tuple[MLP, History, data.Standardizer]:
+    """Train the solubility model of chapters 5 and 10: Adam with an L2 penalty, chosen on validation data in chapter 5.
+
+    Features go in as they are (raw Morgan counts); the targets are standardised by the training rows alone.
+
+    Args:
+        parts: "train" and "validation" as from `data.prepare_solubility`; "test" is not looked at. Without
+            "validation" all epochs are trained and the last weights kept.
+        config: widths and dropout; the first width is the number of features.
+        n_epochs: the most epochs; training stops after 15 without a better validation loss.
+        weight_decay: times the weights, added to the gradient of the mean squared error (the article's lambda, twice:
+            its loss is half the mean squared error).
+        seed: of the initial weights, the dropout and the batches' order.
+        device: where to train; the CPU where it is None.
+
+    Returns:
+        the model with the weights of its best epoch, the history (losses in units of the training targets' variance),
+        and the targets' standardizer: `targets.inverse(model(x))` is log10 of mol/L.
+    """
+    targets = data.Standardizer.fit(parts["train"].y)
+    scaled = {name: data.Split(part.x, targets(part.y)) for name, part in parts.items() if name != "test"}
+    torch.manual_seed(seed)
+    model = MLP(config).to(device or torch.device("cpu"))
+    history = fit(
+        model,
+        data.Batches(scaled["train"], batch_size=32, seed=seed),
+        nn.functional.mse_loss,
+        TrainConfig(n_epochs=n_epochs, patience=15),
+        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=weight_decay),
+        validation=data.Batches(scaled["validation"], 512, shuffle=False) if "validation" in scaled else None,
+    )
+    return model, history, targets
+
+
+def save_solubility(path: str | Path, model: MLP, targets: data.Standardizer, radius: int = data.MORGAN_RADIUS) -> None:
+    """Write the model of `fit_solubility` with all that prediction needs: configuration, target scale, fingerprint.
+
+    Args:
+        path: a local path or an fsspec URL, as for `checkpoint.save`.
+        radius: of the Morgan counts that the model was trained on.
+    """
+    extra = {
+        "config": asdict(model.config),
+        "target_mean": targets.mean.item(),
+        "target_scale": targets.scale.item(),
+        "n_features": model.config.widths[0],
+        "radius": radius,
+    }
+    checkpoint.save(path, model, extra=extra)
+
+
+def load_solubility(path: str | Path, device: str | torch.device = "cpu") -> tuple[MLP, data.Standardizer]:
+    """The model and the targets' standardizer that `save_solubility` wrote.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or another model's.
+    """
+    extra = checkpoint.load(path).extra
+    try:
+        config = MLPConfig(tuple(extra["config"]["widths"]), extra["config"]["dropout"])
+        targets = data.Standardizer(torch.tensor([extra["target_mean"]]), torch.tensor([extra["target_scale"]]))
+    except KeyError as error:
+        raise checkpoint.CheckpointError(f"{path} does not hold a solubility model: its header has no {error}") from None
+    model = MLP(config).to(device)
+    checkpoint.load(path, model)
+    return model.eval(), targets

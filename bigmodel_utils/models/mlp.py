@@ -53,5 +53,7 @@ class MLP(nn.Module):
         """
         d_in = self.config.widths[0]
         if x.ndim != 2 or x.shape[1] != d_in:
-            raise ValueError(f"expected features of shape (B, {d_in}), got {tuple(x.shape)}: use the training features' transform")
+            raise ValueError(
+                f"expected features of shape (B, {d_in}), got {tuple(x.shape)}: use the training features' transform"
+            )
         return self.layers(x)  # (B, d_out)

@@ -1,0 +1,55 @@
+# Works with GNU make 3.81 (macOS) and later. `make help` lists the targets.
+PYTHON ?= python3
+PROFILE ?= small
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help env report test unit nbval check normalize format badges wheel lab clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(READY) ## make the virtual environment .venv from the project's own files
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "needs Python 3.11 to 3.13, found: `$(PYTHON) --version`; name another: make env PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable '.[all]'
+	@touch $@
+
+report: $(READY) ## execute what changed and build HTML and PDF (PROFILE=small; -j2 for two notebooks at a time)
+	+@$(PY) -m bigmodel_utils.report build --profile $(PROFILE)
+
+test: $(READY) check unit nbval ## everything that must pass
+
+check: $(READY) ## lint of code and notebooks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m bigmodel_utils.report check
+
+unit: $(READY) ## unit, report and runner tests
+	$(PY) -m pytest -q
+
+nbval: $(READY) ## run every notebook again and compare with its stored outputs
+	$(PY) -m pytest -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
+
+normalize: $(READY) ## bring notebooks into the form in which they are committed
+	$(PY) -m bigmodel_utils.report normalize
+
+format: $(READY) ## format code and notebooks
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+badges: $(READY) ## write the course's public address (pyproject.toml) into notebooks and README
+	$(PY) -m bigmodel_utils.report badges
+
+wheel: $(READY) ## build dist/bigmodel_utils-*.whl, to upload to Colab by hand
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+clean: ## delete what was built; the environment stays
+	rm -rf build dist

@@ -1,0 +1,248 @@
+"""Optimisers and learning-rate schedules, written to be read: each is its formula.
+
+`torch.optim.Optimizer` keeps the books (parameter groups, state, state dict), so that these drop into `train.fit`,
+`checkpoint.save` and torch's schedulers; the arithmetic is here. Names, conventions and defaults are those of torch.optim,
+and every class takes the same 100 float64 steps as its counterpart there. Training proper uses torch.optim's, which are fused
+into fewer passes over memory.
+
+In all of them w is a parameter, g its gradient, lr the step size, and `weight_decay` adds weight_decay * w to g
+(the gradient of weight_decay/2 * sum of squares), but for AdamW, which shrinks w itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Parameters = (
+    Iterable[Tensor] | Iterable[dict[str, Any]]
+)  # as torch.optim takes them: tensors, or groups with their own settings
+Schedule = Callable[[int], float]  # steps done -> factor on the learning rate; torch's LambdaLR takes it
+
+
+class SGD(torch.optim.Optimizer):
+    """w <- w - lr g. Gradient descent where g is the whole loss's gradient, *stochastic* where it is a mini-batch's.
+
+    Raises:
+        ValueError: for no parameters, or a negative or infinite lr or weight_decay.
+
+    Source: Robbins and Monro 1951, https://doi.org/10.1214/aoms/1177729586.
+    """
+
+    def __init__(self, params: Parameters, lr: float = 1e-3, weight_decay: float = 0.0):
+        super().__init__(params, _nonnegative(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for w, g, _, group in _visit(self):
+            g = g + group["weight_decay"] * w
+            w -= group["lr"] * g
+
+
+class Momentum(torch.optim.Optimizer):
+    """v <- momentum v + g, w <- w - lr v; with `nesterov`, w <- w - lr (g + momentum v), the velocity looked ahead.
+
+    Raises:
+        ValueError: as SGD, for a momentum outside [0, 1), and for nesterov without momentum.
+
+    Source: Polyak 1964, https://doi.org/10.1016/0041-5553(64)90137-5; Nesterov 1983, in the form of
+    Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html, and torch.optim.
+    """
+
+    def __init__(
+        self, params: Parameters, lr: float = 1e-3, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+    ):
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov looks ahead along the velocity: it needs a momentum above 0")
+        settings = _nonnegative(lr=lr, weight_decay=weight_decay) | _fractions(momentum=momentum)
+        super().__init__(params, settings | {"nesterov": nesterov})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for w, g, state, group in _visit(self):
+            g = g + group["weight_decay"] * w
+            v = state["v"] = group["momentum"] * state.get("v", 0.0) + g
+            w -= group["lr"] * (g + group["momentum"] * v if group["nesterov"] else v)
+
+
+class AdaGrad(torch.optim.Optimizer):
+    """s <- s + g^2, w <- w - lr g / (sqrt(s) + eps): each coordinate's step falls with the gradients that it has seen.
+
+    Raises:
+        ValueError: as SGD, and for a negative or infinite eps.
+
+    Source: Duchi, Hazan and Singer 2011, https://jmlr.org/papers/v12/duchi11a.html.
+    """
+
+    def __init__(self, params: Parameters, lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0):
+        super().__init__(params, _nonnegative(lr=lr, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for w, g, state, group in _visit(self):
+            g = g + group["weight_decay"] * w
+            s = state["s"] = state.get("s", 0.0) + g**2
+            w -= group["lr"] * g / (s.sqrt() + group["eps"])
+
+
+class RMSProp(torch.optim.Optimizer):
+    """s <- alpha s + (1 - alpha) g^2, w <- w - lr g / (sqrt(s) + eps): AdaGrad that forgets.
+
+    Raises:
+        ValueError: as AdaGrad, and for an alpha outside [0, 1).
+
+    Source: Tieleman and Hinton 2012, lecture 6.5, https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf.
+    """
+
+    def __init__(self, params: Parameters, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0):
+        super().__init__(params, _nonnegative(lr=lr, eps=eps, weight_decay=weight_decay) | _fractions(alpha=alpha))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for w, g, state, group in _visit(self):
+            g = g + group["weight_decay"] * w
+            s = state["s"] = group["alpha"] * state.get("s", 0.0) + (1 - group["alpha"]) * g**2
+            w -= group["lr"] * g / (s.sqrt() + group["eps"])
+
+
+class Adam(torch.optim.Optimizer):
+    """w <- w - lr m / (sqrt(s) + eps), with m and s the running means of g and g^2, corrected for starting at 0.
+
+    Raises:
+        ValueError: as AdaGrad, and for betas outside [0, 1).
+
+    Source: Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        settings = _nonnegative(lr=lr, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, settings | {"betas": tuple(_fractions(beta1=betas[0], beta2=betas[1]).values())})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for w, g, state, group in _visit(self):
+            g = g + group["weight_decay"] * w
+            w -= group["lr"] * adam_direction(g, state, group)
+
+
+class AdamW(Adam):
+    """Adam whose weight decay shrinks the weights, w <- (1 - lr weight_decay) w, instead of entering the gradient.
+
+    Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2 (with torch's lr in the decay).
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for w, g, state, group in _visit(self):
+            w *= 1 - group["lr"] * group["weight_decay"]
+            w -= group["lr"] * adam_direction(g, state, group)
+
+
+def adam_direction(g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Adam's unit-free direction m / (sqrt(s) + eps), of the shape of g; counts the step and updates the means in `state`."""
+    beta1, beta2 = group["betas"]
+    k = state["k"] = state.get("k", 0) + 1
+    m = state["m"] = beta1 * state.get("m", 0.0) + (1 - beta1) * g
+    s = state["s"] = beta2 * state.get("s", 0.0) + (1 - beta2) * g**2
+    m, s = m / (1 - beta1**k), s / (1 - beta2**k)  # both began at 0: divide by the weight that the gradients have so far
+    return m / (s.sqrt() + group["eps"])
+
+
+def step_decay(every: int, factor: float = 0.1) -> Schedule:
+    """Multiply the learning rate by `factor` after each `every` steps.
+
+    Raises:
+        ValueError: for an interval below 1, or a factor outside (0, 1].
+    """
+    _at_least_one(every=every)
+    if not 0 < factor <= 1:
+        raise ValueError(f"factor must lie in (0, 1], got {factor}")
+    return lambda step: factor ** (step // every)
+
+
+def inverse_time(half_step: float) -> Schedule:
+    """1 / (1 + step / half_step): half after `half_step` steps and, late, in proportion to 1/step.
+
+    Raises:
+        ValueError: for a half_step that is not above 0.
+
+    Source: Robbins and Monro 1951: the sum of these factors diverges, the sum of their squares does not.
+    """
+    if not half_step > 0:
+        raise ValueError(f"half_step must be above 0, got {half_step}")
+    return lambda step: 1 / (1 + step / half_step)
+
+
+def cosine(max_steps: int, floor: float = 0.0) -> Schedule:
+    """From 1 down to `floor` along half a cosine over `max_steps` steps, and `floor` from there on.
+
+    Raises:
+        ValueError: for max_steps below 1, or a floor outside [0, 1].
+
+    Source: Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983, equation 5 (one period).
+    """
+    _at_least_one(max_steps=max_steps)
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must lie in [0, 1], got {floor}")
+    return lambda step: floor + (1 - floor) * (1 + math.cos(math.pi * min(step / max_steps, 1.0))) / 2
+
+
+def warmup(warmup_steps: int, then: Schedule = lambda step: 1.0) -> Schedule:
+    """Rise in equal steps, 1/warmup_steps, 2/warmup_steps ... 1, then follow `then`, whose steps count from the rise's end.
+
+    Raises:
+        ValueError: for warmup_steps below 1.
+
+    Source: Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 2.2.
+    """
+    _at_least_one(warmup_steps=warmup_steps)
+    return lambda step: (step + 1) / warmup_steps if step < warmup_steps else then(step - warmup_steps)
+
+
+def _visit(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]]:
+    """(parameter, gradient, its state, its group's settings) for each parameter that has a gradient."""
+    for group in optimizer.param_groups:
+        for w in group["params"]:
+            if w.grad is not None:
+                yield w, w.grad, optimizer.state[w], group
+
+
+def _nonnegative(**settings: float) -> dict[str, float]:
+    for name, value in settings.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number of 0 or more, got {value}")
+    return settings
+
+
+def _fractions(**settings: float) -> dict[str, float]:
+    for name, value in settings.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is the share of the past that is kept: it must lie in [0, 1), got {value}")
+    return settings
+
+
+def _at_least_one(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"{name} counts steps: it must be 1 or more, got {value}")

@@ -1,0 +1,278 @@
+"""Pages: the prose of the committed notebooks joined with the outputs of one build, links resolved, figures numbered.
+
+Also the generated pages: the cover with the provenance of the numbers, the ledger of claims, the references.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bigmodel_utils import claims, results
+from bigmodel_utils.report import ReportError, chapters
+from bigmodel_utils.report.chapters import Cell, Chapter, tags, text
+from bigmodel_utils.report.runner import Build
+
+INJECTED = "injected-parameters"  # the tag of papermill's cell
+TITLE = "Large models, measured"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One chapter as it is rendered: its cells, and what this build computed."""
+
+    chapter: Chapter
+    cells: list[Cell]
+    record: dict[str, Any]  # the results file
+
+    @property
+    def label(self) -> str:
+        """The target of links to this chapter."""
+        return f"chapter-{self.chapter.number}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a rendering needs, read once."""
+
+    profile: str
+    pages: list[Page]
+    folder: Path  # the checkout
+
+    @cached_property
+    def claims(self) -> list[claims.Claim]:
+        """Every claim of this build, in the order of the chapters."""
+        return [claims.Claim(**claim) for page in self.pages for claim in page.record["claims"]]
+
+    def failures(self) -> list[str]:
+        """What makes the build fail: failing claims, and prose that does not agree with them."""
+        failed = [f"claim failed: {claim!r}" for claim in self.claims if claim.status == "fail"]
+        return failed + (self.prose_errors() if self.profile == "small" else [])
+
+    def prose_errors(self) -> list[str]:
+        """Where the prose cites a number that this build did not compute; the prose is written for the small profile."""
+        errors = []
+        for page in self.pages:
+            known = {claim["id"]: claim for claim in page.record["claims"]}
+            for cell in page.chapter.cells("markdown"):
+                errors += [f"{page.chapter.name}: {error}" for error in claims.prose_errors(text(cell), known)]
+        return errors
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the prose of any chapter may refer to: figures by number, equations by number."""
+
+    figures: dict[str, str]  # "3.1" -> the figure's name
+    equations: set[str]
+
+    @classmethod
+    def of(cls, course: list[Chapter]) -> Targets:
+        """Collected from the notebooks.
+
+        Raises:
+            ReportError: for two figures of one name.
+        """
+        numbered = [
+            (f"{chapter.number}.{index}", cell)
+            for chapter in course
+            for index, cell in enumerate(_figure_cells(chapter), start=1)
+        ]
+        figures = {number: cell["metadata"]["mystnb"]["figure"]["name"] for number, cell in numbered}
+        if len(set(figures.values())) < len(figures):
+            raise ReportError("two figures have one name (mystnb.figure.name): names are unique over all chapters")
+        prose = (text(cell) for chapter in course for cell in chapter.cells("markdown"))
+        return cls(figures, {number for source in prose for number in re.findall(r"\\tag\{([\d.]+)\}", source)})
+
+
+def read(profile: str, course: list[Chapter], build: Build) -> Report:
+    """Join the course with what the build computed.
+
+    Raises:
+        ReportError: for two claims of one id, or a notebook that was executed from other code than the committed one.
+    """
+    targets = Targets.of(course)
+    report = Report(profile, [_page(chapter, build, targets) for chapter in course], chapters.folder())
+    ids = [claim.id for claim in report.claims]
+    repeated = {id for id in ids if ids.count(id) > 1}
+    if repeated:
+        raise ReportError(f"claim ids used in two chapters: {', '.join(sorted(repeated))}")
+    return report
+
+
+def _figure_cells(chapter: Chapter) -> list[Cell]:
+    return [cell for cell in chapter.cells("code") if cell["metadata"].get("mystnb", {}).get("figure")]
+
+
+def _page(chapter: Chapter, build: Build, targets: Targets) -> Page:
+    executed = json.loads(build.notebook(chapter.name).read_text(encoding="utf-8"))
+    record = results.read(build.results(chapter.name))
+    executed = chapters.normalize(executed)
+    ran = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
+    injected = [cell for cell in ran if INJECTED in tags(cell)]
+    outcomes = iter([cell for cell in ran if INJECTED not in tags(cell)])
+    known = {claim["id"] for claim in record["claims"]}
+    numbers = iter(f"{chapter.number}.{index}" for index in range(1, 1000))
+    cells: list[Cell] = []
+    for cell in chapter.notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            if "badge" not in tags(cell):
+                cells.append(cell | {"source": link(text(cell), known, targets)})
+            continue
+        outcome = next(outcomes)
+        if "bootstrap" in tags(cell):
+            continue
+        if text(outcome) != text(cell).rstrip():
+            raise ReportError(
+                f"{chapter.name} was executed from other code than the committed notebook's: run `make report` again"
+            )
+        is_figure = bool(cell["metadata"].get("mystnb", {}).get("figure"))
+        metadata = _numbered(cell["metadata"], next(numbers)) if is_figure else cell["metadata"]
+        cells.append(outcome | {"metadata": metadata})
+        if "parameters" in tags(cell):
+            cells += [extra | {"metadata": {}} for extra in injected]
+    return Page(chapter, cells, record)
+
+
+def _numbered(metadata: dict[str, Any], number: str) -> dict[str, Any]:
+    settings = metadata["mystnb"]
+    figure = settings["figure"] | {"caption": f"**Figure {number}.** {settings['figure']['caption']}"}
+    return metadata | {"mystnb": settings | {"figure": figure}}
+
+
+def link(markdown: str, known_claims: set[str], targets: Targets) -> str:
+    """References to claims, figures "Figure 3.1" and equations "(3.1)" as links within the report."""
+
+    def figure(match: re.Match) -> str:
+        name = targets.figures.get(match[1])
+        return f"[Figure {match[1]}](#{name})" if name else match[0]
+
+    def equation(match: re.Match) -> str:
+        return f"[({match[1]})](#{equation_label(match[1])})" if match[1] in targets.equations else match[0]
+
+    def claim(match: re.Match) -> str:
+        return f"[{match[1]}](#claim-{match[2]})" if match[2] in known_claims else match[0]
+
+    def change(piece: str) -> str:
+        piece = re.sub(r"(?<!\[)\bFigure (\d+\.\d+)", figure, piece)
+        piece = re.sub(r"(?<![\]\w])\((\d+\.\d+)\)", equation, piece)
+        return claims.LINK.sub(claim, piece)
+
+    return chapters.outside_code_and_math(markdown, change)
+
+
+def equation_label(number: str) -> str:
+    """The link target of equation (3.1)."""
+    return f"eq-{number.replace('.', '-')}"
+
+
+def label_equations(markdown: str) -> str:
+    """A link target before every display equation that has a number."""
+
+    def label(match: re.Match) -> str:
+        return f"{target(equation_label(match[2]))}\n\n{match[1]}"
+
+    return re.sub(r"^(\$\$\s(?:(?!\$\$).)*?\\tag\{([\d.]+)\})", label, markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def cover(report: Report) -> str:
+    """What this report is and where its numbers come from, in Markdown."""
+    latest = max((page.record["provenance"] for page in report.pages), key=lambda provenance: provenance["date"])
+    commits = {page.record["provenance"]["commit"] for page in report.pages}
+    dirty = any(page.record["provenance"]["dirty"] for page in report.pages)
+    hardware = latest["hardware"]
+    counts = {status: sum(claim.status == status for claim in report.claims) for status in claims.MARKS}
+    seeds = sorted({str(page.record["provenance"]["parameters"].get("seed", "none")) for page in report.pages})
+    rows = [
+        ("Profile", f"`{report.profile}`"),
+        (
+            "Commit",
+            ", ".join(sorted(f"`{commit[:12]}`" if commit else "none (not a git checkout)" for commit in commits)) + (", with uncommitted changes" if dirty else ""),
+        ),
+        (
+            "Computed",
+            f"{latest['date'][:10]} (UTC), on {', '.join(sorted({page.record['provenance']['device'] for page in report.pages}))}",
+        ),
+        (
+            "Hardware",
+            f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_bytes'] / 1e9:.0f} GB, {hardware['system']}",
+        ),
+        (
+            "Versions",
+            f"Python {latest['python']}, " + ", ".join(f"{name} {version}" for name, version in latest["versions"].items()),
+        ),
+        ("Seeds", ", ".join(seeds)),
+        ("Claims", f"{counts['pass']} hold, {counts['fail']} fail, {counts['not tested']} not tested at these sizes"),
+    ]
+    lines = [
+        "Every number in this report was computed by the run described here, and is held to a check in the [ledger of claims](#claims-ledger).",
+        "",
+    ]
+    lines += _table(("", ""), rows) + ["", "What each notebook was predicted to cost, and did:", ""]
+    lines += _table(
+        ("Chapter", "Predicted", "Measured", "Memory predicted", "Memory measured"), [_cost_row(page) for page in report.pages]
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _cost_row(page: Page) -> tuple[str, ...]:
+    provenance = page.record["provenance"]
+    predicted = provenance["predicted"] or {}
+    seconds, memory = predicted.get("seconds"), predicted.get("memory_bytes")
+    return (
+        f"[{page.chapter.title}](#{page.label})",
+        "none" if seconds is None else f"{seconds:.0f} s",
+        f"{provenance['seconds']:.0f} s",
+        "none" if memory is None else f"{memory / 1e9:.1f} GB",
+        f"{provenance['peak_memory_bytes'] / 1e9:.1f} GB",
+    )
+
+
+def ledger(report: Report) -> str:
+    """Every claim: the failing first, then the verdicts on the article's statements, then all by chapter."""
+    failed = [claim for claim in report.claims if claim.status == "fail"]
+    judged = [claim for claim in report.claims if claim.findings]
+    lines = [
+        "A claim is one sentence, the value computed for it, the reference that the value is held to, and the reference's source.",
+        "",
+    ]
+    lines += [
+        f"**{len(failed)} of {len(report.claims)} claims fail.**"
+        if failed
+        else f"None of the {len(report.claims)} claims fails.",
+        "",
+    ]
+    lines += [f"- [{claim.id}](#claim-{claim.id}): {claim.statement}" for claim in failed] + [""]
+    if judged:
+        lines += ["## What the article says, and what was found", ""]
+        lines += _table(
+            ("Statement", "Verdict"), [(f"[{claim.statement}](#claim-{claim.id})", claim.verdict) for claim in judged]
+        ) + [""]
+    for page in report.pages:
+        lines += [f"## {page.chapter.title}", "", f"Checked in [chapter {page.chapter.number}](#{page.label}).", ""]
+        for claim in (claims.Claim(**claim) for claim in page.record["claims"]):
+            lines += [target(f"claim-{claim.id}"), "", claim._repr_markdown_(), ""]
+    return "\n".join(lines)
+
+
+def target(label: str) -> str:
+    """A place that links can lead to, as raw HTML, which the PDF's filter understands too."""
+    return f'<span id="{label}"></span>'
+
+
+def references(report: Report) -> str:
+    """The bibliography, formatted by pandoc."""
+    import pypandoc
+
+    bibliography = report.folder / "report" / "references.bib"
+    arguments = ["--citeproc", f"--bibliography={bibliography}", "--wrap=none"]
+    entries = pypandoc.convert_text("---\nnocite: '@*'\n---\n", "commonmark-raw_html", format="markdown", extra_args=arguments)
+    return entries
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]

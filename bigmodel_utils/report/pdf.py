@@ -1,0 +1,119 @@
+"""The PDF: the composed pages as Markdown, through pandoc and a filter to Typst, which sets them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+import warnings
+from pathlib import Path
+
+from bigmodel_utils.report import ReportError, chapters, compose
+from bigmodel_utils.report.chapters import Cell
+from bigmodel_utils.report.compose import Page, Report
+from bigmodel_utils.report.runner import Build
+
+CJK_FONTS = (
+    "Noto Serif CJK SC",
+    "Noto Sans CJK SC",
+    "Source Han Serif SC",
+    "Songti SC",
+    "PingFang SC",
+    "SimSun",
+    "Microsoft YaHei",
+)
+CJK_TEXT = re.compile(r"[　-鿿＀-￯]+")
+
+
+def build(report: Report, build: Build) -> Path:
+    """Write report.pdf; the intermediate report.typ stays beside it, for whoever wants to change the typesetting.
+
+    Returns:
+        the path of report.pdf.
+
+    Raises:
+        ReportError: with pandoc's or Typst's own words.
+    """
+    import pypandoc
+    import typst
+
+    figures = build.folder / "figures"
+    figures.mkdir(exist_ok=True)
+    font = next((family for family in CJK_FONTS if family in typst.Fonts().families()), None)
+    markdown = "\n\n".join(_parts(report, figures))
+    if font is None:
+        print("no Chinese font found: the PDF's glossary leaves the Chinese terms out (Debian: apt-get install fonts-noto-cjk)")
+        markdown = CJK_TEXT.sub("–", markdown)
+    setup = report.folder / "report"
+    arguments = [
+        "--standalone",
+        f"--template={setup / 'template.typ'}",
+        f"--lua-filter={setup / 'pdf.lua'}",
+        "--wrap=none",
+        "--columns=500",
+    ]
+    arguments += [
+        f"--variable=title:{compose.TITLE}",
+        f"--variable=profile:{report.profile}",
+        f"--variable=cjk:{font or 'Libertinus Serif'}",
+    ]
+    source, target = build.folder / "report.typ", build.folder / "report.pdf"
+    reader = "commonmark_x-implicit_header_references-subscript-superscript-smart-emoji"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = pypandoc.convert_text(markdown, "typst", format=reader, extra_args=arguments)
+    source.write_text(content, encoding="utf-8")
+    try:
+        target.with_suffix(".part").write_bytes(typst.compile(str(source), format="pdf"))
+    except typst.TypstError as error:
+        raise ReportError(f"Typst does not accept {source}: {error}") from None
+    target.with_suffix(".part").replace(target)
+    return target
+
+
+def _parts(report: Report, figures: Path) -> list[str]:
+    setup = report.folder / "report"
+    parts = [compose.cover(report), "```{=typst}\n#contents()\n```"]
+    parts += [_chapter(page, figures) for page in report.pages]
+    parts += [f"# Ledger of claims {{#claims-ledger}}\n\n{compose.ledger(report)}", f"# References\n\n{compose.references(report)}"]
+    return parts + [(setup / f"{name}.md").read_text(encoding="utf-8") for name in ("glossary", "licence")]
+
+
+def _chapter(page: Page, figures: Path) -> str:
+    pieces = [_cell(cell, f"{page.chapter.name}-{position}", figures) for position, cell in enumerate(page.cells)]
+    heading, _, rest = pieces[0].partition("\n")
+    return "\n\n".join([f"{heading} {{#{page.label}}}", rest, *pieces[1:]])
+
+
+def _cell(cell: Cell, name: str, figures: Path) -> str:
+    if cell["cell_type"] == "markdown":
+        return chapters.text(cell)
+    pieces = [_fenced(chapters.text(cell), "python")]
+    for output in cell["outputs"]:
+        pieces.append(_output(output, cell["metadata"].get("mystnb", {}), figures / f"{name}.png"))
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
+def _output(output: dict, settings: dict, image: Path) -> str:
+    if output["output_type"] == "stream":
+        return _fenced("".join(output["text"]), "output")
+    data = {kind: "".join(value) for kind, value in output["data"].items() if isinstance(value, (str, list))}
+    if "image/png" in data:
+        image.write_bytes(base64.b64decode(data["image/png"]))
+        return _figure(image, settings)
+    if "text/markdown" in data:
+        return data["text/markdown"]
+    if "text/html" in data:
+        return re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
+    return _fenced(data.get("text/plain", ""), "output")
+
+
+def _figure(image: Path, settings: dict) -> str:
+    figure, alt = settings.get("figure", {}), settings.get("image", {}).get("alt", "")
+    label = f"#{figure['name']} " if figure.get("name") else ""
+    caption = figure.get("caption", "")
+    return f'![{caption}]({image.parent.name}/{image.name}){{{label}alt="{html.escape(alt)}"}}'
+
+
+def _fenced(source: str, language: str) -> str:
+    return f"~~~~ {language}\n{source.rstrip()}\n~~~~"

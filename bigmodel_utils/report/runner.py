@@ -1,0 +1,306 @@
+"""The runner: executes the notebooks that changed, each in a process of its own, and keeps whole results only.
+
+What a notebook depends on is hashed by content: its code cells, its parameters, the results of the notebooks it needs,
+the package modules it imports, and the locked versions. Prose is not among them: editing it retrains nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigmodel_utils import results
+from bigmodel_utils.report import ReportError, chapters
+from bigmodel_utils.report.chapters import Chapter
+from bigmodel_utils.report.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Build:
+    """One profile's build folder and what lies where in it."""
+
+    folder: Path
+
+    def notebook(self, name: str) -> Path:
+        """The executed notebook."""
+        return self.folder / "notebooks" / f"{name}.ipynb"
+
+    def results(self, name: str) -> Path:
+        """Its results file."""
+        return self.folder / "results" / f"{name}.json"
+
+    def artifacts(self, name: str) -> Path:
+        """The folder of the files that it leaves for later notebooks."""
+        return self.folder / "artifacts" / name
+
+    def record(self, name: str) -> Path:
+        """What the runner knows of its last whole run: key, checksums, seconds."""
+        return self.folder / "runs" / f"{name}.json"
+
+    def partial(self, name: str) -> Path:
+        """The notebook as far as it came, where its last run failed."""
+        return self.folder / "failed" / f"{name}.ipynb"
+
+    def work(self, name: str) -> Path:
+        """Where a run writes until it is whole."""
+        return self.folder / ".work" / name
+
+
+@contextmanager
+def locked(build: Build) -> Iterator[None]:
+    """Hold the build folder against a second build of the same profile; waits for it to end."""
+    from filelock import FileLock, Timeout
+
+    build.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(build.folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another build is using {build.folder}; waiting for it to end (Ctrl-C gives up)", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_all(course: list[Chapter], profile: Profile, build: Build, n_jobs: int = 1) -> list[str]:
+    """Execute every notebook of the course that is out of date, up to `n_jobs` at a time, in the order of their needs.
+
+    Returns:
+        the names of the notebooks that ran.
+
+    Raises:
+        ReportError: naming the first notebook that failed, its cell, the error and the partial output. Notebooks that
+            do not need it run to their end first, and every whole result stays.
+    """
+    _check_needs(course)
+    shutil.rmtree(build.folder / ".work", ignore_errors=True)  # what a killed build left
+    waiting, done, failures, ran = list(course), set(), {}, []
+    running: dict[str, tuple[subprocess.Popen, str, float]] = {}
+    try:
+        while waiting or running:
+            for chapter in [chapter for chapter in waiting if failures.keys() & set(chapter.needs)]:
+                waiting.remove(chapter)
+                failures[chapter.name] = f"not run, since it needs {', '.join(sorted(failures.keys() & set(chapter.needs)))}"
+            ready = [chapter for chapter in waiting if done.issuperset(chapter.needs)]
+            for chapter in ready[: n_jobs - len(running)]:
+                waiting.remove(chapter)
+                key = content_key(chapter, profile, build)
+                if is_current(chapter.name, key, build):
+                    done.add(chapter.name)
+                    continue
+                print(f"{chapter.name}: running", flush=True)
+                running[chapter.name] = (_begin(chapter, profile, build), key, time.monotonic())
+            for name, (process, key, started) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                failure = _finish(name, process, key, time.monotonic() - started, build)
+                if failure:
+                    failures[name] = failure
+                    print(f"{name}: FAILED", flush=True)
+                else:
+                    done.add(name)
+                    ran.append(name)
+                    print(f"{name}: done in {time.monotonic() - started:.0f} s", flush=True)
+            if running:
+                time.sleep(0.05)
+    finally:
+        _stop([process for process, _, _ in running.values()])
+        shutil.rmtree(build.folder / ".work", ignore_errors=True)
+    if failures:
+        raise ReportError("\n".join(f"{name}: {failure}" for name, failure in failures.items()))
+    return ran
+
+
+def content_key(chapter: Chapter, profile: Profile, build: Build) -> str:
+    """The hash of everything that the notebook's outputs depend on."""
+    course = chapters.folder()
+    code = [chapters.text(cell) for cell in chapter.cells("code")]
+    upstream = {}
+    for name in chapter.needs:
+        files = sorted(path for path in build.artifacts(name).rglob("*") if path.is_file())
+        values = json.dumps(results.read(build.results(name))["values"], sort_keys=True)
+        upstream[name] = [values, *map(_file_hash, files)]
+    depends_on = {
+        "code": code,
+        "parameters": profile.resolved(chapter),
+        "upstream": upstream,
+        "modules": {str(path.relative_to(course)): _file_hash(path) for path in imported_modules(code)},
+        "constraints": _file_hash(course / "constraints.txt"),
+        "versions": results.versions() | {"python": platform.python_version()},
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def imported_modules(code: list[str]) -> set[Path]:
+    """The files of this package that some code cells import, directly or through one another."""
+    root = Path(results.__file__).resolve().parent
+    found: set[Path] = set()
+    waiting = [name for source in code for name in _imported_names(source)]
+    while waiting:
+        path = _module_path(root, waiting.pop())
+        if path is not None and path not in found:
+            found.add(path)
+            waiting += _imported_names(path.read_text(encoding="utf-8"))
+    return found
+
+
+def is_current(name: str, key: str, build: Build) -> bool:
+    """Whether a whole run under that key is there and its files are as it left them; says so where they are damaged."""
+    try:
+        record = json.loads(build.record(name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    if record["key"] != key:
+        return False
+    for path, expected in ((build.results(name), record["results_sha256"]), (build.notebook(name), record["notebook_sha256"])):
+        if not path.is_file() or _file_hash(path) != expected:
+            print(f"{name}: {path} is missing or damaged; running it again", flush=True)
+            return False
+    return True
+
+
+def execute(chapter: Chapter, profile: Profile, work: Path) -> None:
+    """Execute one notebook with papermill into `work`; on failure leave status.json there, which says what and where.
+
+    Raises:
+        SystemExit: with code 1, where a cell failed.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    output, status = work / f"{chapter.name}.ipynb", {}
+    try:
+        papermill.execute_notebook(
+            str(chapter.path),
+            str(output),
+            parameters=profile.parameters.get(chapter.name),
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(work),
+            execution_timeout=profile.cell_timeout_s,
+        )
+        return
+    except papermill.PapermillExecutionError as error:
+        status = {"cell": error.cell_index, "source": error.source, "error": f"{error.ename}: {error.evalue}"}
+    except CellTimeoutError:
+        status = {"error": f"a cell ran longer than {profile.cell_timeout_s} s (cell_timeout_s of profile {profile.name!r})"}
+    except DeadKernelError:
+        status = {"error": "the kernel died (out of memory?): lower the sizes in the profile, or close other programs"}
+    (work / "status.json").write_text(json.dumps(status))
+    raise SystemExit(1)
+
+
+def _begin(chapter: Chapter, profile: Profile, build: Build) -> subprocess.Popen:
+    work = build.work(chapter.name)
+    work.mkdir(parents=True)
+    (work / "profile.json").write_text(json.dumps(vars(profile)))
+    environment = os.environ | {
+        results.OUTPUT_VARIABLE: str(work),
+        results.UPSTREAM_VARIABLE: str(build.folder),
+        "PYTHONWARNINGS": "ignore::FutureWarning:papermill",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    command = [sys.executable, "-m", "bigmodel_utils.report", "execute", str(chapter.path), str(work)]
+    with (work / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _finish(name: str, process: subprocess.Popen, key: str, seconds: float, build: Build) -> str:
+    """Move a whole run into place, its record last; returns what went wrong, or ""."""
+    work = build.work(name)
+    notebook, values = work / f"{name}.ipynb", work / "results" / f"{name}.json"
+    if process.returncode == 0 and values.is_file():
+        build.record(name).unlink(missing_ok=True)
+        for folder in (build.notebook(name).parent, build.results(name).parent, build.artifacts(name).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(build.artifacts(name), ignore_errors=True)
+        if (work / "artifacts" / name).is_dir():
+            (work / "artifacts" / name).rename(build.artifacts(name))
+        notebook.replace(build.notebook(name))
+        values.replace(build.results(name))
+        record = {
+            "key": key,
+            "results_sha256": _file_hash(build.results(name)),
+            "notebook_sha256": _file_hash(build.notebook(name)),
+            "seconds": round(seconds, 1),
+        }
+        results.write_atomically(build.record(name), json.dumps(record, indent=1).encode())
+        build.partial(name).unlink(missing_ok=True)
+        return ""
+    if process.returncode == 0:
+        return f"saved no results: its last cell must call results.save, under the name {name!r}"
+    if notebook.is_file():
+        build.partial(name).parent.mkdir(exist_ok=True)
+        notebook.replace(build.partial(name))
+    return _failure_message(work, build.partial(name))
+
+
+def _failure_message(work: Path, partial: Path) -> str:
+    if shutil.disk_usage(work).free < 2**20:
+        return f"the disk is full (less than 1 MiB is free at {partial.parent.parent}): make room and build again"
+    try:
+        status = json.loads((work / "status.json").read_text())
+    except (FileNotFoundError, ValueError):
+        lines = (work / "log.txt").read_text(errors="replace").strip().splitlines()
+        return "ended without a word" if not lines else f"{lines[-1]}"
+    where = ""
+    if "cell" in status:
+        first_line = next((line for line in status["source"].splitlines() if line.strip()), "")
+        where = f"cell {status['cell']} ({first_line.strip()!r}): "
+    shown = f"\n  partial output: {partial}" if partial.is_file() else ""
+    return f"{where}{status['error']}{shown}"
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    """Interrupt running notebooks, as Ctrl-C does, and end those that do not heed it."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+    for process in processes:
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _check_needs(course: list[Chapter]) -> None:
+    names = [chapter.name for chapter in course]
+    for position, chapter in enumerate(course):
+        unknown = [need for need in chapter.needs if need not in names[:position]]
+        if unknown:
+            raise ReportError(f"{chapter.name} needs {', '.join(unknown)}, which is no earlier notebook")
+
+
+def _imported_names(source: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in names if name.split(".")[0] == "bigmodel_utils"]
+
+
+def _module_path(root: Path, name: str) -> Path | None:
+    stem = root.joinpath(*name.split(".")[1:])
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,147 @@
+-- Turns what Markdown in notebooks can say into Typst: folded solutions, raw HTML tables, numbered equations, link targets.
+
+local function typst(text)
+  return pandoc.RawBlock('typst', text)
+end
+
+-- Drop links within the document whose target is nowhere, since Typst refuses them.
+local targets = {}
+
+local function target(id)
+  targets[id] = true
+  return '#metadata("' .. id .. '") <' .. id .. '>'
+end
+
+-- $$ ... \tag{3.1} $$ becomes a numbered equation with the label eq-3-1.
+local function equation(math)
+  local number = math.text:match('\\tag{([^}]*)}')
+  local plain = math.text:gsub('%s*\\tag{[^}]*}', '')
+  local body = pandoc.write(pandoc.Pandoc({ pandoc.Para({ pandoc.Math('DisplayMath', plain) }) }), 'typst')
+  if not number then
+    return typst(body)
+  end
+  local id = 'eq-' .. number:gsub('%.', '-')
+  targets[id] = true
+  return typst('#numbered("(' .. number .. ')")[' .. body .. ' <' .. id .. '>]')
+end
+
+-- An image alone in its paragraph is a figure: its caption is what stands in the brackets, its alternative text an attribute.
+local function figure(image)
+  local body = pandoc.write(pandoc.Pandoc({ pandoc.Plain(image.caption) }), 'typst'):gsub('%s+$', '')
+  local alt = (image.attributes.alt or ''):gsub('["\\]', '\\%0')
+  local label = ''
+  if image.identifier ~= '' then
+    targets[image.identifier] = true
+    label = ' <' .. image.identifier .. '>'
+  end
+  return typst('#figure(image("' .. image.src .. '", alt: "' .. alt .. '"), caption: [' .. body .. '])' .. label)
+end
+
+local function paragraph(block)
+  if #block.content == 1 and block.content[1].t == 'Image' then
+    return figure(block.content[1])
+  end
+  local blocks, inlines = pandoc.Blocks({}), pandoc.Inlines({})
+  local function flush()
+    if #inlines > 0 then
+      blocks:insert(pandoc.Para(inlines))
+      inlines = pandoc.Inlines({})
+    end
+  end
+  for _, inline in ipairs(block.content) do
+    if inline.t == 'Math' and inline.mathtype == 'DisplayMath' then
+      flush()
+      blocks:insert(equation(inline))
+    else
+      inlines:insert(inline)
+    end
+  end
+  flush()
+  return blocks
+end
+
+-- Raw HTML: <details> opens a framed block with its summary as heading; tables are read as tables; other tags vanish.
+local function html_block(block)
+  if block.format ~= 'html' then
+    return nil
+  end
+  local text = block.text
+  if text:match('^%s*</details>') then
+    return typst(']')
+  end
+  local summary = text:match('<summary>(.-)</summary>')
+  if text:match('^%s*<details') then
+    return typst('#folded("' .. (summary or 'More'):gsub('["\\]', '\\%0') .. '")[')
+  end
+  local id = text:match('<span id="([^"]+)">')
+  if id then
+    return typst(target(id))
+  end
+  if text:match('<table') then
+    return pandoc.read(text, 'html').blocks
+  end
+  return {}
+end
+
+local function html_inline(inline)
+  if inline.format ~= 'html' then
+    return nil
+  end
+  local id = inline.text:match('<span id="([^"]+)">')
+  if id then
+    return pandoc.RawInline('typst', target(id))
+  end
+  return {}
+end
+
+-- Columns of a table share the width by what they hold, so that long cells wrap and short ones do not.
+local function sized_table(tbl)
+  local simple = pandoc.utils.to_simple_table(tbl)
+  local widths, total = {}, 0
+  local function measure(row)
+    for column, cell in ipairs(row) do
+      local length = 0
+      for line in (pandoc.utils.stringify(pandoc.Div(cell)) .. '\n'):gmatch('(.-)\n') do
+        length = math.max(length, utf8.len(line) or #line)
+      end
+      widths[column] = math.max(widths[column] or 3, math.min(length, 60))
+    end
+  end
+  measure(simple.headers)
+  for _, row in ipairs(simple.rows) do
+    measure(row)
+  end
+  for _, width in ipairs(widths) do
+    total = total + width + 2
+  end
+  if total > 84 then
+    for column, spec in ipairs(tbl.colspecs) do
+      tbl.colspecs[column] = { spec[1], (widths[column] + 2) / total }
+    end
+  end
+  return tbl
+end
+
+local function collect(id)
+  if id ~= '' then
+    targets[id] = true
+  end
+end
+
+return {
+  { RawBlock = html_block, RawInline = html_inline },
+  { Para = paragraph, Table = sized_table },
+  {
+    Header = function(header) collect(header.identifier) end,
+    Span = function(span) collect(span.identifier) end,
+    Div = function(div) collect(div.identifier) end,
+  },
+  {
+    Link = function(link)
+      local id = link.target:match('^#(.*)$')
+      if id and not targets[id] then
+        return link.content
+      end
+    end,
+  },
+}

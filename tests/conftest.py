@@ -1,0 +1,129 @@
+"""What several test files need: the checkout's notebooks, and a small course of two chapters to build and to break."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigmodel_utils.report import chapters
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def code(source: str, *tags: str, **mystnb) -> dict:
+    """An unexecuted code cell."""
+    metadata = ({"tags": list(tags)} if tags else {}) | ({"mystnb": mystnb} if mystnb else {})
+    return {"cell_type": "code", "metadata": metadata, "source": source, "execution_count": None, "outputs": []}
+
+
+def markdown(source: str) -> dict:
+    """A Markdown cell."""
+    return {"cell_type": "markdown", "metadata": {}, "source": source}
+
+
+def write_notebook(path: Path, cells: list[dict], needs: list[str] = ()) -> None:
+    """Write cells as a committed notebook in its normal form."""
+    cells = [cell | {"id": f"cell-{index}"} for index, cell in enumerate(cells)]
+    notebook = {"cells": cells, "metadata": {"bigmodel": {"needs": list(needs)}}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_bytes(chapters.dump(chapters.normalize(notebook)))
+
+
+def chapter_cells(name: str, number: int) -> list[dict]:
+    """A chapter with one of everything that the report renders."""
+    prose = f"""# {number} A small chapter
+
+The sum is [2](#{name[:2]}-sum), Figure {number}.1 shows it, and equation ({number}.1) defines it.
+
+$$
+s = \\sum_{{i=1}}^{{n}} x_i \\tag{{{number}.1}}
+$$
+
+<details><summary>Hint</summary>
+
+Add **both** numbers: `1 + 1`.
+
+</details>
+"""
+    figure = {"figure": {"name": f"fig-{number}-sum", "caption": "The sum."}, "image": {"alt": "a rising line"}}
+    return [
+        markdown(prose),
+        code("pass", "bootstrap"),
+        code("seed = 0\nn = 2\nfail_at = 0", "parameters"),
+        code(
+            f"from bigmodel_utils import claims, notebook, plot, results\nimport matplotlib.pyplot as plt\nimport pandas as pd\ndevice = notebook.start({name!r}, globals())"
+        ),
+        code("notebook.predict_cost(2, 3e8)"),
+        code("assert fail_at != 1, 'asked to fail'"),
+        code("_ = plt.plot([0, n])", **figure),
+        code("pd.DataFrame({'term': ['first', 'second'], 'value': [1, n - 1]})"),
+        code(f'claims.check("{name[:2]}-sum", "One and one is two", 1 + 1, n, 0, "arithmetic")'),
+        code("path = results.save({'sum': 2})"),
+    ]
+
+
+class Course:
+    """A copy of the package and of the report's files with notebooks of its own, driven by its commands."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("bigmodel_utils", "report"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, folder / name)
+        (folder / "notebooks").mkdir()
+        for path in (folder / "report" / "profiles").glob("*.yaml"):
+            path.write_text("description: for tests\ncell_timeout_s: 60\nnotebooks: {}\n")
+        self.environment = os.environ | {"PYTHONPATH": str(folder), "MAKEFLAGS": ""}
+        self.add("03_first", 3)
+        self.add("04_second", 4, needs=["03_first"])
+
+    def add(self, name: str, number: int, needs: list[str] = (), cells: list[dict] | None = None) -> Path:
+        """Write a notebook into the course."""
+        path = self.folder / "notebooks" / f"{name}.ipynb"
+        write_notebook(path, cells or chapter_cells(name, number), needs)
+        return path
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """Begin a command of the report."""
+        command = [sys.executable, "-m", "bigmodel_utils.report", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Run a command of the report: its exit code and all that it printed."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out + err
+
+    def files(self) -> dict[str, bytes]:
+        """Every results file, executed notebook and record of the small build."""
+        build = self.folder / "build" / "small"
+        return {
+            str(path): path.read_bytes()
+            for part in ("results", "notebooks", "runs")
+            for path in (build / part).glob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Course:
+    """A course that was built once; tests that change it put it back."""
+    course = Course(tmp_path_factory.mktemp("built"))
+    status, printed = course.run("build")
+    assert status == 0, printed
+    return course
+
+
+@pytest.fixture
+def course(tmp_path) -> Course:
+    """A course that was never built."""
+    return Course(tmp_path)
