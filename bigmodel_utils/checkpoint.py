@@ -67,8 +67,9 @@ def save(
                     tensors[f"optimizer.{index}.{slot}"] = value
                 else:
                     header["optimizer_numbers"][f"{index}.{slot}"] = value
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"version": str(VERSION), "header": json.dumps(header), "sha256": _checksum(tensors)}
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}  # tied ones apart
+    text = json.dumps(header)
+    metadata = {"version": str(VERSION), "header": text, "sha256": _checksum(tensors, text)}
     content = safetensors.torch.save(tensors, metadata)
     if "://" in str(path):
         import fsspec
@@ -105,15 +106,15 @@ def load(
     try:
         tensors = safetensors.torch.load(content)
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        header, version = json.loads(metadata["header"]), int(metadata["version"])
+        header, version, sha256 = json.loads(metadata["header"]), int(metadata["version"]), metadata["sha256"]
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} is truncated, damaged or not one of this course's checkpoints ({error}): use another copy"
         ) from None
     if version > VERSION:
         raise CheckpointError(f"{path} has format version {version}, this package reads up to {VERSION}: update the package")
-    if metadata["sha256"] != _checksum(tensors):
-        raise CheckpointError(f"{path} is damaged: its tensors do not match the checksum saved with them; use another copy")
+    if sha256 != _checksum(tensors, metadata["header"]):
+        raise CheckpointError(f"{path} is damaged: its content does not match the checksum saved with it; use another copy")
     tensors = {name: value.to(device) for name, value in tensors.items()}
     model_state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     if model is not None:
@@ -121,7 +122,11 @@ def load(
     if optimizer is not None:
         if "param_groups" not in header:
             raise CheckpointError(f"{path} holds no optimiser state: load it without an optimizer, or save it with one")
-        optimizer.load_state_dict({"param_groups": header["param_groups"], "state": _optimizer_state(tensors, header)})
+        state = {"param_groups": header["param_groups"], "state": _optimizer_state(tensors, header)}
+        try:
+            optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds another optimiser's state ({error}): build the one that was saved") from None
     return Checkpoint(model_state, header["step"], header["extra"])
 
 
@@ -135,6 +140,10 @@ def _read(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: check the path, or train the model that it should hold") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}): check the path and its permissions"
+        ) from None
 
 
 def _load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -163,8 +172,8 @@ def _optimizer_state(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict
     return state
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], header: str) -> str:
+    digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -180,7 +180,7 @@ def format_number(value: float | None, tolerance: float = 0.0) -> str:
 
 
 LINK = re.compile(r"\[([^\]]*)\]\(#(\d\d-[a-z0-9-]+)\)")
-NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+NUMBER = re.compile(r"(?<![\w(.])[-−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def prose_errors(markdown: str, claims: dict[str, dict]) -> list[str]:

@@ -40,6 +40,9 @@ SOLUBILITY = Card(
     },
     flaws=(
         "some molecules stand in both splits, and some twice in one (`clean_solubility` removes them)",
+        "structures carry no stereochemistry, so that cis and trans, or endrin and dieldrin, are one molecule here",
+        "at least two names stand by another molecule's structure: kasugamycin (it has karbutilate's, with its value) and "
+        "2,4-dimethyl-3-pentanol (it has 2,3-dimethyl-3-pentanol's)",
         "values of several laboratories; Huuskonen does not give an error for each",
         "small neutral organic molecules only: no salts, few above 500 g/mol",
     ),
@@ -150,6 +153,13 @@ class Standardizer:
         return cls(x.mean(dim=0), torch.where(scale > 0, scale, 1.0))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Standardise x (m, d).
+
+        Raises:
+            ValueError: for another number of columns than those of `fit`.
+        """
+        if x.shape[-1:] != self.mean.shape:
+            raise ValueError(f"expected {len(self.mean)} columns, as in the training rows, got shape {tuple(x.shape)}")
         return (x - self.mean) / self.scale
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
@@ -179,6 +189,9 @@ class Batches:
     """Shuffled mini-batches of tensors that fit in memory; every pass draws a new order from its own generator.
 
     Indexing tensors directly is about twice as fast as a DataLoader for small rows, and has no workers to wait for.
+
+    Raises:
+        ValueError: for no rows, a batch size below 1, or a feature or target that is NaN or infinite (with its row).
     """
 
     def __init__(self, split: Split, batch_size: int, *, shuffle: bool = True, seed: int = 0):
@@ -186,6 +199,11 @@ class Batches:
             raise ValueError(f"{len(split.x)} rows of features and {len(split.y)} of targets: they must be equally many")
         if batch_size < 1 or len(split) == 0:
             raise ValueError(f"needs rows and a batch_size of 1 or more, got {len(split)} rows and {batch_size}")
+        for name, values in (("features", split.x), ("targets", split.y)):
+            bad_rows = torch.nonzero(~torch.isfinite(values).reshape(len(values), -1).all(dim=1)).flatten().tolist()
+            if bad_rows:
+                rows = ", ".join(map(str, bad_rows[:5])) + (" ..." if len(bad_rows) > 5 else "")
+                raise ValueError(f"the {name} of row {rows} are NaN or infinite: drop these rows or fill the values in")
         self.split, self.batch_size, self.shuffle = split, batch_size, shuffle
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -42,7 +42,7 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
     bad_rows = torch.nonzero(~torch.isfinite(x).flatten(1).all(dim=1)).flatten().tolist()
     if bad_rows:
         raise ValueError(
-            f"features of {len(bad_rows)} rows are NaN or infinite, the first is row {bad_rows[0]}: clean them before predicting"
+            f"NaN or infinite features in {len(bad_rows)} of {len(x)} rows, first in row {bad_rows[0]}: clean them before predicting"
         )
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -165,15 +165,15 @@ class Domain:
         molecule, found = _molecule(smiles), []
         foreign = sorted({atom.GetSymbol() for atom in molecule.GetAtoms()} - self.elements)
         if foreign:
-            found.append(f"unknown element {', '.join(foreign)}")
+            found.append(f"new element {', '.join(foreign)}")
         if len(Chem.GetMolFrags(molecule)) > 1:
-            found.append("a salt or mixture")
+            found.append("salt or mixture")
         elif Chem.GetFormalCharge(molecule):
-            found.append("an ion")
+            found.append("ion")
         if molecule.GetNumHeavyAtoms() > self.max_atoms:
-            found.append("larger than any known")
+            found.append("too large")
         if nearest_similarity(counts.unsqueeze(0), self.reference).item() < self.min_similarity:
-            found.append("unlike any known")
+            found.append("far from known")
         return found
 
 

@@ -66,6 +66,7 @@ def test_a_changed_parameter_reaches_the_notebook(course: Course):
 
 
 def test_a_damaged_results_file_is_made_again(built: Course):
+    built.run("build")
     path = built.folder / "build/small/results/03_first.json"
     path.write_bytes(path.read_bytes()[:-40])
     status, printed = built.run("build")

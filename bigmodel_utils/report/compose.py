@@ -191,7 +191,8 @@ def cover(report: Report) -> str:
         ("Profile", f"`{report.profile}`"),
         (
             "Commit",
-            ", ".join(sorted(f"`{commit[:12]}`" if commit else "none (not a git checkout)" for commit in commits)) + (", with uncommitted changes" if dirty else ""),
+            ", ".join(sorted(f"`{commit[:12]}`" if commit else "none (not a git checkout)" for commit in commits))
+            + (", with uncommitted changes" if dirty else ""),
         ),
         (
             "Computed",

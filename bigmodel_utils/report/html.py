@@ -23,7 +23,10 @@ def build(report: Report, build: Build) -> Path:
     """
     source, site = build.folder / "site", build.folder / "html"
     pages = {f"{page.chapter.name}.ipynb": chapters.dump(_notebook(page)).decode() for page in report.pages}
-    pages |= {"index.md": _index(report), "ledger.md": f"(claims-ledger)=\n# Ledger of claims\n\n{_targets(compose.ledger(report))}"}
+    pages |= {
+        "index.md": _index(report),
+        "ledger.md": f"(claims-ledger)=\n# Ledger of claims\n\n{_targets(compose.ledger(report))}",
+    }
     pages |= {"references.md": f"# References\n\n{compose.references(report)}"}
     for name in ("glossary", "licence"):
         pages[f"{name}.md"] = (report.folder / "report" / f"{name}.md").read_text(encoding="utf-8")

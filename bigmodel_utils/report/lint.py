@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from bigmodel_utils import claims
 from bigmodel_utils.report import bootstrap, chapters
@@ -12,8 +11,9 @@ from bigmodel_utils.report.chapters import Chapter, tags, text
 UNIT = r"(?:%|×|times\b|s\b|ms\b|µs\b|min(?:utes?)?\b|seconds?\b|hours?\b|[kMGT]i?B\b|bytes\b|[GT]?FLOPs?(?:/s)?\b|samples/s\b)"
 MEASURED = re.compile(rf"(?<![\w.,/-])[-−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?[ -]?{UNIT}|(?<![\w.,/§-])\d+\.\d+(?![\w.])")
 NUMBERED = re.compile(
-    r"\b(?:Figures?|Exercises?|Sections?|Solutions?|Chapters?|Hints?|Python|PyTorch|torch)[ -]\d+\.\d+|\(\d+\.\d+\)|^#+ .*$",
-    re.MULTILINE,
+    r"\b(?:figures?|exercises?|sections?|solutions?|chapters?|equations?|hints?|versions?|Python|PyTorch|torch)[ -]\d+\.\d+"
+    r"(?:(?:,| and| to| or) \d+\.\d+)*|\(\d+\.\d+\)|\b\d{4}s\b|^#+ .*$",
+    re.MULTILINE | re.IGNORECASE,
 )
 ANY_LINK = re.compile(r"!?\[[^\]]*\]\([^)]*\)")
 MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/work/|/content/(?!bigmodel|constraints)|[A-Z]:\\\\)")
@@ -87,15 +87,21 @@ def prose(chapter: Chapter) -> list[str]:
     known, errors = stored_claims(chapter), []
     for cell in chapter.cells("markdown"):
         errors += claims.prose_errors(text(cell), known)
-        bare = lambda piece: NUMBERED.sub("", ANY_LINK.sub("", piece))  # noqa: E731
-        kept: list[str] = []
-        chapters.outside_code_and_math(ANY_LINK.sub("", text(cell)), lambda piece: kept.append(bare(piece)) or piece)  # noqa: B023
-        errors += [
-            f"the prose states {number.group()!r} without a claim: ...{_around(piece, number)}..."
-            for piece in kept
-            for number in MEASURED.finditer(piece)
-        ]
+        stated = chapters.outside_code_and_math(ANY_LINK.sub("", text(cell)), _mask_measured)
+        errors += [f"the prose states {number!r} without a claim: ...{around}..." for number, around in _masked(stated)]
     return errors
+
+
+def _mask_measured(piece: str) -> str:
+    return MEASURED.sub(lambda match: f"\0{match.group()}\0", NUMBERED.sub("", piece))
+
+
+def _masked(prose: str) -> list[tuple[str, str]]:
+    """The numbers that `_mask_measured` marked, and the words around each."""
+    around = lambda match: prose[max(0, match.start() - 30) : match.end() + 20]  # noqa: E731
+    return [
+        (match[1], re.sub(r"\s+", " ", around(match).replace("\0", "")).strip()) for match in re.finditer("\0([^\0]+)\0", prose)
+    ]
 
 
 def equations(chapter: Chapter) -> list[str]:
@@ -119,13 +125,4 @@ def stored_claims(chapter: Chapter) -> dict[str, dict]:
     return {claim["id"]: claim for claim in found if claim}
 
 
-def _around(piece: str, number: re.Match) -> str:
-    return re.sub(r"\s+", " ", piece[max(0, number.start() - 30) : number.end() + 20]).strip()
-
-
 CHECKS = (normal_form, structure, outputs, figures, prose, equations)
-
-
-def check_folder(folder: Path) -> list[str]:
-    """All errors of every notebook in a folder."""
-    return [error for path in sorted(folder.glob("*.ipynb")) for error in check(chapters.read(path))]

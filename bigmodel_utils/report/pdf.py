@@ -75,7 +75,10 @@ def _parts(report: Report, figures: Path) -> list[str]:
     setup = report.folder / "report"
     parts = [compose.cover(report), "```{=typst}\n#contents()\n```"]
     parts += [_chapter(page, figures) for page in report.pages]
-    parts += [f"# Ledger of claims {{#claims-ledger}}\n\n{compose.ledger(report)}", f"# References\n\n{compose.references(report)}"]
+    parts += [
+        f"# Ledger of claims {{#claims-ledger}}\n\n{compose.ledger(report)}",
+        f"# References\n\n{compose.references(report)}",
+    ]
     return parts + [(setup / f"{name}.md").read_text(encoding="utf-8") for name in ("glossary", "licence")]
 
 
