@@ -168,14 +168,14 @@ def format_number(value: float | None, tolerance: float = 0.0) -> str:
     """Three significant digits, or fewer where the tolerance makes the last ones meaningless.
 
     >>> format_number(0.87534), format_number(0.87534, 0.02), format_number(2.2e-16, 1e-12), format_number(124439808)
-    ('0.875', '0.88', '0', '124439808')
+    ('0.875', '0.88', '0', '124,439,808')
     """
     if value is None or not math.isfinite(value):
         return str(value)
     if tolerance > 0:
         value = round(value, max(0, math.ceil(-math.log10(tolerance) - 1e-9)))
     if value == int(value) and abs(value) < 1e15:
-        return str(int(value))
+        return f"{int(value):,}"
     return f"{value:.3g}"
 
 

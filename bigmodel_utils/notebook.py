@@ -84,13 +84,13 @@ def predict_cost(seconds: float, memory_bytes: float) -> None:
     from bigmodel_utils import device
 
     run = current()
-    run.predicted = {"seconds": float(seconds), "memory_bytes": float(memory_bytes)}
     available_bytes = device.available_memory_bytes() + results.peak_memory_bytes()
     if memory_bytes > available_bytes:
         raise MemoryError(
             f"{run.name} needs about {memory_bytes / 1e9:.1f} GB and {available_bytes / 1e9:.1f} GB are available: "
             "close other programs, or lower the sizes in the parameters cell (the smoke profile shows small ones)"
         )
+    run.predicted = {"seconds": float(seconds), "memory_bytes": float(memory_bytes)}
     print(f"Predicted: about {seconds:.0f} s and {memory_bytes / 1e9:.1f} GB of memory. It fits this machine.")
 
 

@@ -39,17 +39,26 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
     """
     if batch_size < 1 or len(x) == 0:
         raise ValueError(f"needs rows and a batch_size of 1 or more, got {len(x)} rows and {batch_size}")
-    bad_rows = torch.nonzero(~torch.isfinite(x).flatten(1).all(dim=1)).flatten().tolist()
-    if bad_rows:
-        raise ValueError(
-            f"NaN or infinite features in {len(bad_rows)} of {len(x)} rows, first in row {bad_rows[0]}: clean them before predicting"
-        )
+    refuse_nan(x)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
         return torch.cat([model(batch.to(device)).cpu() for batch in x.split(batch_size)])
     finally:
         model.train(was_training)
+
+
+def refuse_nan(x: Tensor) -> None:
+    """Let only finite features (m, d) pass.
+
+    Raises:
+        ValueError: where some are NaN or infinite, with the first such row.
+    """
+    bad_rows = torch.nonzero(~torch.isfinite(x).flatten(1).all(dim=1)).flatten().tolist()
+    if bad_rows:
+        raise ValueError(
+            f"NaN or infinite features in {len(bad_rows)} of {len(x)} rows, first in row {bad_rows[0]}: clean them before predicting"
+        )
 
 
 # Conformal intervals: Vovk, Gammerman and Shafer 2005; Papadopoulos et al. 2002; Lei et al. 2018, section 2.2.
@@ -114,7 +123,9 @@ def count_similarity(x: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (m, n) similarities in [0, 1]; two all-zero rows have similarity 1.
     """
-    shared = torch.stack([torch.minimum(row, reference).sum(dim=1) for row in x])  # (m, n): no (m, n, d) tensor in memory
+    shared, smaller = x.new_empty(len(x), len(reference)), torch.empty_like(reference)
+    for row, counts in enumerate(x):  # a row at a time, in one buffer: an (m, n, d) tensor would not fit
+        torch.sum(torch.minimum(counts, reference, out=smaller), dim=1, out=shared[row])
     either = x.sum(dim=1, keepdim=True) + reference.sum(dim=1) - shared  # min + max = sum
     return torch.where(either > 0, shared / either.clamp(min=1e-30), 1.0)
 
@@ -267,14 +278,22 @@ def export_onnx(model: nn.Module, path: str | Path, n_features: int) -> None:
 
 
 def load_onnx(path: str | Path, n_threads: int = 1) -> Predictor:
-    """An ONNX file as a function of features (m, d) float32, run by ONNX Runtime without torch's model code."""
+    """An ONNX file as a function of features (m, d) float32, run by ONNX Runtime without torch's model code.
+
+    The function refuses NaN and infinite features, which integer arithmetic may turn into ordinary numbers.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+    def run(x: Tensor) -> Tensor:
+        refuse_nan(x)
+        return torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+    return run
 
 
 def quantize_onnx(source: str | Path, target: str | Path) -> None:

@@ -94,7 +94,8 @@ local function html_inline(inline)
   return {}
 end
 
--- Columns of a table share the width by what they hold, so that long cells wrap and short ones do not.
+-- Columns of a table share the width by what they hold, so that long cells wrap and short ones do not;
+-- a table that fits on a page is not cut.
 local function sized_table(tbl)
   local simple = pandoc.utils.to_simple_table(tbl)
   local widths, total = {}, 0
@@ -119,7 +120,10 @@ local function sized_table(tbl)
       tbl.colspecs[column] = { spec[1], (widths[column] + 2) / total }
     end
   end
-  return tbl
+  if #simple.rows > 20 then
+    return tbl
+  end
+  return { typst('#block(breakable: false)['), tbl, typst(']') }
 end
 
 local function collect(id)

@@ -1,7 +1,6 @@
 """Every exercise: its solution passes the checker; the stub, and wrong versions of the solution (mutants), do not."""
 
 import ast
-import importlib
 import json
 import re
 
@@ -35,19 +34,15 @@ def collect() -> list:
 
 def verdict(chapter: chapters.Chapter, stub: str, answer: str) -> tuple[bool, str]:
     """What the exercise cell says when its stub is replaced by an answer."""
-    imports = "\n".join(
-        line
-        for cell in chapter.cells("code")[:4]
-        for line in chapters.text(cell).splitlines()
-        if re.match(r"(import|from) ", line)
-    )
-    call = ast.parse(stub).body[-1].value  # exercises.check(module.check_something, answer)
+    statements = [node for cell in chapter.cells("code") for node in ast.parse(chapters.text(cell)).body]
+    imports = [node for node in statements if isinstance(node, (ast.Import, ast.ImportFrom))]
+    checker, name = (
+        ast.unparse(argument) for argument in ast.parse(stub).body[-1].value.args
+    )  # exercises.check(checker, answer)
     namespace: dict = {}
-    exec(imports, namespace)
+    exec(ast.unparse(ast.Module(imports, [])), namespace)
     exec(answer, namespace)
-    checker, name = (ast.unparse(argument) for argument in call.args)
-    module = importlib.import_module(f"bigmodel_utils.exercises.{checker.partition('.')[0]}")
-    return exercises.verdict(getattr(module, checker.partition(".")[2]), namespace[name])
+    return exercises.verdict(eval(checker, namespace), namespace[name])
 
 
 @pytest.mark.parametrize(("chapter", "stub", "solution", "mutations"), collect())

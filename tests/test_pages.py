@@ -89,7 +89,7 @@ def test_the_cover_says_where_the_numbers_come_from(site, built: Course):
     page = (built.folder / "build/small/html/index.html").read_text()
     for row in ("Profile", "Commit", "Computed", "Hardware", "Versions", "Seeds", "Claims", "2 hold, 0 fail"):
         assert row in page
-    assert "bootstrap" not in (built.folder / "build/small/html/03_first.html").read_text()
+    assert "google.colab" not in (built.folder / "build/small/html/03_first.html").read_text()
 
 
 def test_the_pdf_has_contents_page_numbers_figures_and_equations(document):

@@ -200,6 +200,9 @@ def test_onnx_equals_torch_for_any_batch_and_says_nothing(model, tmp_path, capfd
         expected = predict.predict(model, x)
         torch.testing.assert_close(run(x), expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(run_int8(x), expected, rtol=0, atol=0.1)
+    for runtime in (run, run_int8):
+        with pytest.raises(ValueError, match="1 of 2 rows, first in row 1"):
+            runtime(torch.tensor([[0.0] * 30, [math.nan] * 30]))
     assert set(tmp_path.iterdir()) == {path, small}  # the weights are inside, and nothing is left lying about
 
 

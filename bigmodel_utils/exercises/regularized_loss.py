@@ -57,7 +57,9 @@ def check_map_weight_decay(answer: Callable) -> None:
         weight_decay = float(answer(noise_std, prior_std, len(y)))
         assert np.isfinite(weight_decay) and weight_decay > 0, f"lambda must be a positive number, got {weight_decay}"
         w = torch.tensor(losses.ridge_solution(x, y, weight_decay), requires_grad=True)
-        noise, prior = torch.distributions.Normal(0.0, noise_std), torch.distributions.Normal(0.0, prior_std)
+        noise, prior = (
+            torch.distributions.Normal(0.0, torch.tensor(std, dtype=torch.float64)) for std in (noise_std, prior_std)
+        )
         log_posterior = noise.log_prob(torch.from_numpy(y) - torch.from_numpy(x) @ w).sum() + prior.log_prob(w).sum()
         log_posterior.backward()
         assert w.grad.abs().max() < 1e-9, (

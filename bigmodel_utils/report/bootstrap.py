@@ -13,7 +13,7 @@ from pathlib import Path
 # What Colab must keep as it is: where these change, its session has to be restarted, or something else there breaks.
 HELD = ("torch", "numpy", "pandas", "matplotlib", "jax", "protobuf")
 
-CELL = r"""# In Colab this installs the course's package and keeps what Colab has preinstalled; elsewhere it does nothing.
+CELL = r"""# In Colab this installs the course's package and keeps what is preinstalled; elsewhere: nothing.
 import importlib.util
 import sys
 
@@ -25,10 +25,11 @@ if "google.colab" in sys.modules and importlib.util.find_spec("bigmodel_utils") 
     wheels = glob.glob("/content/bigmodel_utils-*.whl")  # uploaded by hand: the README says how
     package = PACKAGE or (wheels[-1] if wheels else None)
     if package is None:
-        raise SystemExit("Upload bigmodel_utils-*.whl (`make wheel` makes it) to Colab's files; run this again.")
+        raise SystemExit("Upload bigmodel_utils-*.whl (of `make wheel`) to Colab; run this again.")
+    held = HELD
     kept = []
     for found in importlib.metadata.distributions():
-        if (found.name or "").lower() in HELD:
+        if found.name in held:
             kept.append(f"{found.name}=={found.version.partition('+')[0]}")
     with open("/content/constraints.txt", "w") as file:
         file.write("\n".join(kept))

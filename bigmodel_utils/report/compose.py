@@ -32,7 +32,7 @@ class Page:
     @property
     def label(self) -> str:
         """The target of links to this chapter."""
-        return f"chapter-{self.chapter.number}"
+        return chapter_label(self.chapter.number)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _numbered(metadata: dict[str, Any], number: str) -> dict[str, Any]:
 
 
 def link(markdown: str, known_claims: set[str], targets: Targets) -> str:
-    """References to claims, figures "Figure 3.1" and equations "(3.1)" as links within the report."""
+    """References to claims, other notebooks, "Figure 3.1" and equation "(3.1)" as links within the report."""
 
     def figure(match: re.Match) -> str:
         name = targets.figures.get(match[1])
@@ -160,9 +160,15 @@ def link(markdown: str, known_claims: set[str], targets: Targets) -> str:
     def change(piece: str) -> str:
         piece = re.sub(r"(?<!\[)\bFigure (\d+\.\d+)", figure, piece)
         piece = re.sub(r"(?<![\]\w])\((\d+\.\d+)\)", equation, piece)
+        piece = re.sub(r"\]\((\d\d)_\w+\.ipynb\)", lambda match: f"](#{chapter_label(int(match[1]))})", piece)
         return claims.LINK.sub(claim, piece)
 
     return chapters.outside_code_and_math(markdown, change)
+
+
+def chapter_label(number: int) -> str:
+    """The link target of a chapter."""
+    return f"chapter-{number}"
 
 
 def equation_label(number: str) -> str:

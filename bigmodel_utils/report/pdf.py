@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import re
-import warnings
 from pathlib import Path
 
 from bigmodel_utils.report import ReportError, chapters, compose
@@ -51,17 +50,17 @@ def build(report: Report, build: Build) -> Path:
         f"--lua-filter={setup / 'pdf.lua'}",
         "--wrap=none",
         "--columns=500",
-    ]
-    arguments += [
+        "--fail-if-warnings",
         f"--variable=title:{compose.TITLE}",
         f"--variable=profile:{report.profile}",
         f"--variable=cjk:{font or 'Libertinus Serif'}",
     ]
     source, target = build.folder / "report.typ", build.folder / "report.pdf"
     reader = "commonmark_x-implicit_header_references-subscript-superscript-smart-emoji"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    try:
         content = pypandoc.convert_text(markdown, "typst", format=reader, extra_args=arguments)
+    except RuntimeError as error:
+        raise ReportError(f"pandoc does not accept the pages: {error}") from None
     source.write_text(content, encoding="utf-8")
     try:
         target.with_suffix(".part").write_bytes(typst.compile(str(source), format="pdf"))
