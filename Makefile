@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help env report test unit nbval check normalize format badges wheel lab clean
+.PHONY: help env report test unit nbval check normalize format badges wheel bench lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ badges: $(READY) ## write the course's public address (pyproject.toml) into note
 
 wheel: $(READY) ## build dist/bigmodel_utils-*.whl, to upload to Colab by hand
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+bench: $(READY) ## time the report: cold, with nothing changed, after an edit of prose
+	@$(PY) benchmarks/report_times.py $(PROFILE)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks

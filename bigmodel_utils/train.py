@@ -173,14 +173,16 @@ def fit_solubility(
     """
     targets = data.Standardizer.fit(parts["train"].y)
     scaled = {name: data.Split(part.x, targets(part.y)) for name, part in parts.items() if name != "test"}
+    device = device or torch.device("cpu")
     torch.manual_seed(seed)
-    model = MLP(config).to(device or torch.device("cpu"))
+    model = MLP(config).to(device)
+    fused = device.type != "xla"  # one kernel for all weights; torch_xla has none
     history = fit(
         model,
         data.Batches(scaled["train"], batch_size=32, seed=seed),
         nn.functional.mse_loss,
         TrainConfig(n_epochs=n_epochs, patience=15),
-        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=weight_decay),
+        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=weight_decay, fused=fused),
         validation=data.Batches(scaled["validation"], 512, shuffle=False) if "validation" in scaled else None,
     )
     return model, history, targets
