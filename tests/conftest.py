@@ -74,7 +74,7 @@ class Course:
         self.folder = folder
         for name in ("bigmodel_utils", "report"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "constraints.txt"):
+        for name in ("pyproject.toml", "constraints.txt", "README.md"):
             shutil.copy(ROOT / name, folder / name)
         (folder / "notebooks").mkdir()
         for path in (folder / "report" / "profiles").glob("*.yaml"):

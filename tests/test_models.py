@@ -83,5 +83,5 @@ def test_wrong_width_is_refused_with_both_shapes(shape):
 
 @pytest.mark.parametrize("arguments", [((5,),), ((5, 0, 1),), ((5, 1), 1.0), ((5, 1), -0.1)])
 def test_senseless_configurations_are_refused(arguments):
-    with pytest.raises(ValueError, match="widths|dropout"):
+    with pytest.raises(ValueError, match=r"widths|dropout"):
         MLPConfig(*arguments)

@@ -245,3 +245,17 @@ def test_a_full_disk_is_a_clear_end(course: Course):
     assert "disk is full" in printed or "No space left" in printed
     assert {path: path.read_bytes() for path in (course.folder / "notebooks").iterdir()} == sources
     assert course.run("build")[0] == 0
+
+
+def test_badges_write_the_address_everywhere_and_take_it_out_again(course: Course):
+    before = {path: path.read_bytes() for path in [course.folder / "README.md", *(course.folder / "notebooks").iterdir()]}
+    settings = course.folder / "pyproject.toml"
+    plain = settings.read_text()
+    settings.write_text(plain.replace('repository = ""', 'repository = "https://github.com/someone/course"'))
+    assert course.run("badges") == (0, "")
+    for path in before:
+        assert "colab.research.google.com/github/someone/course/blob/main/notebooks/" in path.read_text()
+    assert "bigmodel-utils @ git+https://github.com/someone/course" in (course.folder / "notebooks/03_first.ipynb").read_text()
+    settings.write_text(plain)
+    assert course.run("badges") == (0, "")
+    assert {path: path.read_bytes() for path in before} == before

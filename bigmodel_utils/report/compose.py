@@ -219,7 +219,7 @@ def cover(report: Report) -> str:
         "Every number in this report was computed by the run described here, and is held to a check in the [ledger of claims](#claims-ledger).",
         "",
     ]
-    lines += _table(("", ""), rows) + ["", "What each notebook was predicted to cost, and did:", ""]
+    lines += _table(("Provenance", "This run"), rows) + ["", "What each notebook was predicted to cost, and did:", ""]
     lines += _table(
         ("Chapter", "Predicted", "Measured", "Memory predicted", "Memory measured"), [_cost_row(page) for page in report.pages]
     )
