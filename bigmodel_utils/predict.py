@@ -415,3 +415,168 @@ def percentile(seconds: Sequence[float] | np.ndarray, q: float) -> float:
     if len(seconds) == 0 or not 0 < q <= 100:
         raise ValueError(f"needs measurements and 0 < q <= 100, got {len(seconds)} and q = {q}")
     return float(np.sort(seconds)[math.ceil(q / 100 * len(seconds) - 1e-9) - 1])
+
+
+# Text from a causal model: one that is called as model(tokens, cache), with `config` and `new_cache`, such as models.GPT.
+
+
+def token_probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The distribution that the next token is drawn from: softmax(logits / temperature), cut off and normalised again.
+
+    Args:
+        logits: (B, V).
+        temperature: below 1 sharper, above 1 flatter; 0 leaves only the most probable token.
+        top_k: keep this many of the most probable tokens (Fan et al. 2018, section 5); None keeps all.
+        top_p: of these keep the fewest whose probabilities sum to top_p (Holtzman et al. 2020, section 3.1); None keeps all.
+
+    Returns:
+        (B, V) probabilities.
+
+    Raises:
+        ValueError: for a negative or infinite temperature, top_k below 1, or top_p outside (0, 1].
+    """
+    _refuse_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature makes them infinite
+    if top_k is None and top_p is None:
+        return logits.softmax(dim=-1)
+    V = logits.shape[-1]
+    values, order = logits.topk(V if top_k is None else min(top_k, V), dim=-1)  # the most probable first
+    probabilities = values.softmax(dim=-1)
+    if top_p is not None:
+        before = nn.functional.pad(probabilities.cumsum(dim=-1)[:, :-1], (1, 0))  # the mass of the more probable ones
+        probabilities = torch.where(before < top_p, probabilities, 0.0)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, order, probabilities)
+
+
+def _refuse_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or more and finite, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k counts tokens to keep, 1 or more, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is a probability in (0, 1], got {top_p}")
+
+
+def _next_logits(model: nn.Module, tokens: Tensor, cache) -> Tensor:
+    """(B, V) logits of the token after (B, T) tokens; reads only those that the cache has not seen.
+
+    A text longer than the context is read as its last `context_length` tokens. Their positions, and what they have
+    seen, are then others than the cache holds, so that the whole window is read again each time.
+    """
+    context = model.config.context_length
+    if cache is None or tokens.shape[1] > context:
+        logits = model(tokens[:, -context:])[:, -1]
+    else:
+        logits = model(tokens[:, cache.length :], cache)[:, -1]
+    if not (logits < math.inf).all():  # false for NaN, too
+        raise ValueError("the model's logits are NaN or infinite: did its training diverge?")
+    return logits
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens: Tensor,
+    n_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+    top_p: float | None = None,
+) -> Tensor:
+    """Go on with texts, a token at a time, in evaluation mode; the model's mode is put back.
+
+    Args:
+        model: a GPT, or another causal model with its interface.
+        tokens: (B, T) the beginnings, all of one length, at least 1.
+        n_tokens: tokens to add to each.
+        temperature: as for `token_probabilities`; 0 takes the most probable token each time.
+        top_k: likewise.
+        generator: of the random draws, which are made on its device; None uses torch's global one.
+        use_cache: keep keys and values, so that a step costs one position; False reads the whole text each time. The
+            logits are the same up to rounding.
+        top_p: as for `token_probabilities`.
+
+    Returns:
+        (B, T + n_tokens) beginnings and continuations, on the device of `tokens`. Beyond the model's context each
+        token depends on the `context_length` tokens before it.
+
+    Raises:
+        ValueError: for a negative n_tokens or as `token_probabilities`; for logits that are NaN; of the model, for
+            tokens that it cannot read.
+    """
+    if n_tokens < 0:
+        raise ValueError(f"n_tokens must be 0 or more, got {n_tokens}")
+    _refuse_sampling(temperature, top_k, top_p)
+    text, was_training = tokens.to(next(model.parameters()).device), model.training
+    model.eval()
+    try:
+        cache = model.new_cache(text.shape[-1] + n_tokens) if use_cache else None
+        for _ in range(n_tokens):
+            probabilities = token_probabilities(_next_logits(model, text, cache), temperature, top_k, top_p)
+            if temperature == 0:
+                chosen = probabilities.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                device = probabilities.device if generator is None else generator.device
+                chosen = torch.multinomial(probabilities.to(device), 1, generator=generator)
+            text = torch.cat([text, chosen.to(text)], dim=1)
+    finally:
+        model.train(was_training)
+    return text.to(tokens.device)
+
+
+@torch.no_grad()
+def beam_search(
+    model: nn.Module, tokens: Tensor, n_tokens: int, n_beams: int, end_token: int | None = None, use_cache: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The most probable continuations, by keeping the `n_beams` best at each step; exact where none is ever dropped.
+
+    Args:
+        model: as for `generate`.
+        tokens: (B, T) the beginnings, all of one length, at least 1.
+        n_tokens: tokens to add to each.
+        n_beams: continuations kept of each beginning; 1 is greedy.
+        end_token: ends a continuation: it is filled up with more of this token, at no cost. None: all are n_tokens long.
+        use_cache: as for `generate`.
+
+    Returns:
+        texts (B, n, T + n_tokens), the most probable first, with n = n_beams or, where fewer exist, all of them;
+        and the natural logarithms of the continuations' probabilities (B, n).
+
+    Raises:
+        ValueError: for a negative n_tokens, n_beams below 1, an end_token that is no token, or logits that are NaN; of
+            the model, for tokens that it cannot read.
+    """
+    V = model.config.vocab_size
+    if n_tokens < 0 or n_beams < 1 or (end_token is not None and not 0 <= end_token < V):
+        raise ValueError(
+            f"needs n_tokens >= 0, n_beams >= 1 and an end_token below {V}, got {n_tokens}, {n_beams} and {end_token}"
+        )
+    text, was_training = tokens.to(next(model.parameters()).device), model.training
+    B, n = len(text), 1  # a beginning's n continuations are neighbouring rows
+    score = torch.zeros(B, 1, device=text.device)  # (B, n) log probabilities
+    ended = torch.zeros(B, dtype=torch.bool, device=text.device)  # (B n,)
+    model.eval()
+    try:
+        cache = model.new_cache(text.shape[-1] + n_tokens) if use_cache else None
+        for _ in range(n_tokens):
+            step = _next_logits(model, text, cache).log_softmax(dim=-1)  # (B n, V)
+            if end_token is not None:
+                is_end = torch.arange(V, device=step.device) == end_token
+                step = torch.where(ended[:, None], torch.where(is_end, 0.0, -math.inf), step)
+            total = score[:, :, None] + step.view(B, n, V)
+            score, best = total.flatten(1).topk(min(n_beams, n * V), dim=1)  # (B, n) of the next n
+            parents = (best // V + n * torch.arange(B, device=best.device)[:, None]).flatten()
+            text = torch.cat([text[parents], (best % V).view(-1, 1).to(text)], dim=1)  # (B n, T)
+            n, ended = best.shape[1], text[:, -1] == end_token
+            if cache is not None:
+                cache.select(parents)
+    finally:
+        model.train(was_training)
+    exist = (score > -math.inf).any(dim=0)  # else filler, where fewer than n_beams are possible
+    return text.view(B, n, -1)[:, exist].to(tokens.device), score[:, exist].to(tokens.device)

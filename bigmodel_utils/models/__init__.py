@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from bigmodel_utils.models.mlp import MLP, MLPConfig
 
-__all__ = ["MLP", "MLPConfig", "count_parameters"]
+__all__ = ["MLP", "MLPConfig", "count_parameters", "load_reference"]
 
 
 def count_parameters(model_or_config: nn.Module | MLPConfig) -> int:
@@ -20,3 +20,25 @@ def count_parameters(model_or_config: nn.Module | MLPConfig) -> int:
     if hasattr(model_or_config, "n_parameters"):
         return model_or_config.n_parameters
     raise TypeError(f"expected a torch module or a model configuration, got {type(model_or_config).__name__}")
+
+
+def load_reference(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load the weights of a reference library's model of the same configuration into ours.
+
+    Args:
+        model: one of this package's models with a `translate_reference`.
+        state_dict: of transformers, torchvision, torchaudio or torch.nn.Transformer.
+
+    Raises:
+        ValueError: naming the entries that are missing, unexpected or of another shape.
+    """
+    translated = model.translate_reference(state_dict)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in translated.items()}
+    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    wrong += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
+    wrong += [f"{name} is {found[name]}, not {expected[name]}" for name in expected.keys() & found.keys() if found[name] != expected[name]]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"the state dict does not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:8])}{more}")
+    model.load_state_dict(translated)
