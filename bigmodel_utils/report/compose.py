@@ -158,9 +158,11 @@ def link(markdown: str, known_claims: set[str], targets: Targets) -> str:
         return f"[{match[1]}](#claim-{match[2]})" if match[2] in known_claims else match[0]
 
     def change(piece: str) -> str:
-        piece = re.sub(r"(?<!\[)\bFigure (\d+\.\d+)", figure, piece)
-        piece = re.sub(r"(?<![\]\w])\((\d+\.\d+)\)", equation, piece)
-        piece = re.sub(r"\]\((\d\d)_\w+\.ipynb\)", lambda match: f"](#{chapter_label(int(match[1]))})", piece)
+        pieces = re.split(r"(\[[^\]]*\]\([^)]*\))", piece)  # links, at the odd places, are not linked again
+        pieces[::2] = [
+            re.sub(r"(?<![\]\w])\((\d+\.\d+)\)", equation, re.sub(r"\bFigure (\d+\.\d+)", figure, text)) for text in pieces[::2]
+        ]
+        piece = re.sub(r"\]\((\d\d)_\w+\.ipynb\)", lambda match: f"](#{chapter_label(int(match[1]))})", "".join(pieces))
         return claims.LINK.sub(claim, piece)
 
     return chapters.outside_code_and_math(markdown, change)
