@@ -428,7 +428,7 @@ def token_probabilities(
     Args:
         logits: (B, V).
         temperature: below 1 sharper, above 1 flatter; 0 leaves only the most probable token.
-        top_k: keep this many of the most probable tokens (Fan et al. 2018, section 5); None keeps all.
+        top_k: keep this many of the most probable tokens (Fan, Lewis and Dauphin 2018); None keeps all.
         top_p: of these keep the fewest whose probabilities sum to top_p (Holtzman et al. 2020, section 3.1); None keeps all.
 
     Returns:
@@ -440,7 +440,8 @@ def token_probabilities(
     _refuse_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature makes them infinite
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)  # what rounds to 0 would divide 0 by 0
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: none becomes +inf
     if top_k is None and top_p is None:
         return logits.softmax(dim=-1)
     V = logits.shape[-1]
@@ -468,6 +469,8 @@ def _next_logits(model: nn.Module, tokens: Tensor, cache) -> Tensor:
     A text longer than the context is read as its last `context_length` tokens. Their positions, and what they have
     seen, are then others than the cache holds, so that the whole window is read again each time.
     """
+    if tokens.ndim != 2:
+        raise ValueError(f"expected tokens of shape (B, T), got {tuple(tokens.shape)}: put [None] behind a single text")
     context = model.config.context_length
     if cache is None or tokens.shape[1] > context:
         logits = model(tokens[:, -context:])[:, -1]
@@ -573,7 +576,9 @@ def beam_search(
             score, best = total.flatten(1).topk(min(n_beams, n * V), dim=1)  # (B, n) of the next n
             parents = (best // V + n * torch.arange(B, device=best.device)[:, None]).flatten()
             text = torch.cat([text[parents], (best % V).view(-1, 1).to(text)], dim=1)  # (B n, T)
-            n, ended = best.shape[1], text[:, -1] == end_token
+            n = best.shape[1]
+            if end_token is not None:
+                ended = text[:, -1] == end_token
             if cache is not None:
                 cache.select(parents)
     finally:

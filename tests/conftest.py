@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bigmodel_utils.report import chapters
 
@@ -112,6 +113,12 @@ class Course:
             for path in (build / part).glob("*")
             if path.is_file()
         }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small models run fastest on one thread, and several threads on a busy machine wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def colab() -> dict[str, dict[str, str]]:
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    for requirement in requirements("data", "report", "lab", "test"):
+    for requirement in requirements("data", "report", "lab", "test", "reference"):
         pin = PINS.get(canonicalize_name(requirement.name))
         assert pin, f"{requirement.name} has no pin in constraints.txt"
         assert requirement.specifier.contains(pin), f"{requirement} does not admit the tested {pin}"
@@ -75,7 +75,7 @@ def test_every_requirement_is_pinned_within_its_range():
 
 def test_what_is_installed_is_the_tested_set():
     other = {}
-    for name in closure(requirements("data", "report", "lab", "test"), {}):
+    for name in closure(requirements("data", "report", "lab", "test", "reference"), {}):
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:  # for another platform or Python

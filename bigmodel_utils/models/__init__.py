@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from bigmodel_utils.models.bert import BERT, BERTConfig
+from bigmodel_utils.models.deepspeech import DeepSpeech, DeepSpeech2, DeepSpeech2Config, DeepSpeechConfig
+from bigmodel_utils.models.gpt import GPT, GPTConfig
+from bigmodel_utils.models.inception import Inception, InceptionConfig
 from bigmodel_utils.models.mlp import MLP, MLPConfig
+from bigmodel_utils.models.resnet import ResNet, ResNetConfig
+from bigmodel_utils.models.transformer import Transformer, TransformerConfig
 
-__all__ = ["MLP", "MLPConfig", "count_parameters", "load_reference"]
+__all__ = [
+    "BERT",
+    "GPT",
+    "MLP",
+    "BERTConfig",
+    "DeepSpeech",
+    "DeepSpeech2",
+    "DeepSpeech2Config",
+    "DeepSpeechConfig",
+    "GPTConfig",
+    "Inception",
+    "InceptionConfig",
+    "MLPConfig",
+    "ResNet",
+    "ResNetConfig",
+    "Transformer",
+    "TransformerConfig",
+    "count_parameters",
+    "load_reference",
+]
 
 
-def count_parameters(model_or_config: nn.Module | MLPConfig) -> int:
+def count_parameters(model_or_config: nn.Module | Any) -> int:
     """Number of trainable parameters, tied weights once; of a configuration, by its formula, without building it.
 
     Raises:
@@ -37,7 +64,11 @@ def load_reference(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     found = {name: tuple(value.shape) for name, value in translated.items()}
     wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
     wrong += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-    wrong += [f"{name} is {found[name]}, not {expected[name]}" for name in expected.keys() & found.keys() if found[name] != expected[name]]
+    wrong += [
+        f"{name} is {found[name]}, not {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"the state dict does not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:8])}{more}")

@@ -74,7 +74,7 @@ class GPTConfig:
 
     @classmethod
     def named(cls, name: str) -> GPTConfig:
-        """A published size (Radford et al. 2019, table 2; its parameter counts there are too low, as its authors later said).
+        """A published size (Radford et al. 2019, table 2, whose parameter counts are too low; heads from the released files).
 
         Raises:
             ValueError: for an unknown name.
@@ -151,10 +151,18 @@ class KVCache:
         return sum(part.numel() * part.element_size() for pair in self.layers if pair is not None for part in pair)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the weight's precision, under autocast as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     """Layer norm, or RMSNorm, which neither subtracts the mean nor adds a bias."""
     if config.norm == "rms":
-        return nn.RMSNorm(width, eps=config.norm_eps)
+        return RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
@@ -187,8 +195,8 @@ class Attention(nn.Module):
         d, d_head = config.d_model, config.d_head
         self.qkv = nn.Linear(d, (config.n_heads + 2 * config.n_kv_heads) * d_head, bias=config.bias)
         self.out = nn.Linear(d, d, bias=config.bias)
-        self.q_norm = nn.RMSNorm(d_head, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(d_head, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(d_head, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d_head, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C); `turn` holds the rotation of these positions."""

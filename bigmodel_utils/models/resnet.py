@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +30,8 @@ class ResNetConfig:
     """Shape of a residual network for images.
 
     Raises:
-        ValueError: for an unknown block, stem or shortcut, stages without blocks, or sizes below 1.
+        ValueError: for an unknown block, stem or shortcut, stages without blocks, sizes below 1,
+            or shortcuts of zeros between stages that get narrower.
     """
 
     block: str = "bottleneck"  # "basic": 3x3, 3x3 convolutions; "bottleneck": 1x1, 3x3, 1x1
@@ -49,6 +51,8 @@ class ResNetConfig:
             raise ValueError(f"needs a width for each stage, got {len(self.n_blocks)} stages and {len(self.widths)} widths")
         if min(*self.n_blocks, *self.widths, self.n_classes, self.n_channels) < 1:
             raise ValueError(f"n_blocks, widths, n_classes and n_channels are 1 or more, got {self}")
+        if self.shortcut == "zeros" and any(narrow < wide for wide, narrow in pairwise(self.widths)):
+            raise ValueError(f"shortcuts of zeros can only add channels, got widths {self.widths}")
 
     @classmethod
     def named(cls, name: str) -> ResNetConfig:
@@ -144,7 +148,7 @@ class ZeroPad(nn.Module):
         self.n_new, self.stride = d_out - d_in, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, d_in, H, W) -> (B, d_out, ceil(H / stride), ceil(W / stride)); surplus channels are cut."""
+        """(B, d_in, H, W) -> (B, d_out, ceil(H / stride), ceil(W / stride))."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.n_new))
 
 
@@ -179,9 +183,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         self.stem = ConvNorm(config.n_channels, config.widths[0], *((7, 2) if config.stem == "imagenet" else (3, 1)))
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(config, *shape) for shape in stage)) for stage in config.block_shapes
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*(Block(config, *shape) for shape in stage)) for stage in config.block_shapes)
         self.classifier = nn.Linear(config.d_features, config.n_classes)
 
     def features(self, x: Tensor) -> Tensor:

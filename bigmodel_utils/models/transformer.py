@@ -47,7 +47,7 @@ class TransformerConfig:
     vocab_size: int = 37_000  # tokens of both languages together: they share one embedding
     dropout: float = 0.1  # of the embeddings and of every sublayer's output, in training
     norm_first: bool = False  # LayerNorm before each sublayer (pre-norm); the paper has it behind the sum (post-norm)
-    final_norm: bool | None = None  # one more LayerNorm behind each stack; None: with pre-norm only. torch.nn.Transformer: always
+    final_norm: bool | None = None  # one more LayerNorm behind each stack, as in torch.nn.Transformer; None: with pre-norm
     attention_bias: bool = False  # biases of the attention's four maps: the paper has none, torch.nn.Transformer has them
 
     def __post_init__(self):
