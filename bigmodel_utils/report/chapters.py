@@ -193,7 +193,7 @@ def _normal_data(kind: str, value: Any) -> Any:
 
 
 def _rounded(value: float | None) -> float | None:
-    return value if value is None else float(f"{value:.6g}")
+    return value if value is None or value.is_integer() else float(f"{value:.6g}")
 
 
 def _lines(source: str | list[str]) -> list[str]:
