@@ -146,20 +146,22 @@ def _read(path: str | Path) -> bytes:
         ) from None
 
 
-def _load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> None:
+def mismatches(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """What of a state dict does not fit the model, in words: entries missing, unexpected or of another shape; "" if it fits."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
     wrong += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {found[name]}, not {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
+    shared = expected.keys() & found.keys()
+    wrong += [f"{name} is {found[name]}, not {expected[name]}" for name in shared if found[name] != expected[name]]
+    more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    return "; ".join(sorted(wrong)[:8]) + more
+
+
+def _load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) -> None:
+    wrong = mismatches(model, state)
     if wrong:
-        raise CheckpointError(
-            f"{path} is of another architecture: {'; '.join(sorted(wrong)[:5])}. Build the model from the saved configuration"
-        )
+        raise CheckpointError(f"{path} is of another architecture: {wrong}. Build the model from the saved configuration")
     model.load_state_dict(state)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,30 @@ class Course:
 def one_thread():
     """Small models run fastest on one thread, and several threads on a busy machine wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The reference library, the models that are compared imported, without two libraries that it would look into and that
+    may not fit this torch."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("torchvision", "torchaudio"):
+            if name not in sys.modules:
+                patch.setitem(sys.modules, name, None)
+        library = pytest.importorskip("transformers")
+        for name in ("BertModel", "GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"):
+            getattr(library, name)  # imported only when asked for
+    library.logging.set_verbosity_error()
+    return library
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
+    """Move every parameter at random: biases of 0 and gains of 1 would hide mistakes."""
+    for parameter in model.parameters():
+        parameter.add_(scale * torch.randn_like(parameter))
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,6 @@ from bigmodel_utils.models.gpt import GPT, GPTConfig
 LAYOUTS = [{}, {"position": "rotary", "norm": "rms", "feed_forward": "swiglu", "n_kv_heads": 1, "qk_norm": True, "bias": False}]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose time to a second thread, much of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def build(layout: dict, vocab_size: int = 5, context_length: int = 7, seed: int = 0) -> GPT:
     """A small model in float64 with opinions, in training mode and with dropout, which generation must switch off."""
     torch.manual_seed(seed)

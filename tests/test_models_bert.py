@@ -1,11 +1,10 @@
 """BERT against the transformers library, against published counts and similarities, and its invariances."""
 
-import sys
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,27 +21,10 @@ HEADS = {  # class of transformers -> the heads that it has
 SEEDS, FEW = st.integers(0, 10_000), settings(deadline=None, max_examples=30)
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    """The reference library, its BERT imported, without two libraries that it would look into and that may not fit this torch."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in ("torchvision", "torchaudio"):
-            if name not in sys.modules:
-                patch.setitem(sys.modules, name, None)
-        library = pytest.importorskip("transformers")
-        assert library.BertModel.__name__ == "BertModel"  # imported only when asked for
-        return library
-
-
 def build(config: BERTConfig, seed: int = 0) -> BERT:
-    """A model in float64 whose every parameter is random: biases of 0 and gains of 1 would hide mistakes."""
+    """A model in float64, random throughout."""
     torch.manual_seed(seed)
-    model = BERT(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return randomize(BERT(config).double())
 
 
 def reference_model(transformers, name: str, config: BERTConfig, train: bool = False):
@@ -63,10 +45,7 @@ def reference_model(transformers, name: str, config: BERTConfig, train: bool = F
         attn_implementation="eager",
     )
     reference = getattr(transformers, name)(reference_config).double()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return reference.train(train)
+    return randomize(reference).train(train)
 
 
 def outputs_of(name: str, ours, theirs) -> list[tuple[str, torch.Tensor, torch.Tensor]]:

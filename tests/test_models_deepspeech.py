@@ -18,15 +18,6 @@ SMALL = DeepSpeech2Config(6, 5, (2, 3), ((3, 3), (5, 3)), ((2, 2), (1, 2)), n_la
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are so small that a second thread costs more than it does."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def reference():
     """torchaudio's DeepSpeech from its file: the library itself looks for compiled parts that may not fit this torch."""

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import math
-import sys
-import warnings
 
 import pytest
 import torch
@@ -24,15 +22,6 @@ LAYOUTS = [  # n_heads, d_model and what else differs from GPT-2
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose time to a second thread, much of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def build(layout: dict, seed: int = 0, **changes) -> GPT:
     """A small model in float64 whose weights are large enough for attention to matter."""
     torch.manual_seed(seed)
@@ -49,18 +38,11 @@ def draw_tokens(n_rows: int, length: int, seed: int = 0, vocab_size: int = 13) -
 
 
 @pytest.fixture(scope="module")
-def transformers():
-    """The reference library, its models imported, without two libraries that it would look into and that may not fit this torch."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in ("torchvision", "torchaudio"):
-            if name not in sys.modules:
-                patch.setitem(sys.modules, name, None)
-        transformers = pytest.importorskip("transformers")
-        from transformers.models.gpt2 import modeling_gpt2
-        from transformers.models.llama import modeling_llama
-        from transformers.models.qwen3 import modeling_qwen3
-    transformers.logging.set_verbosity_error()
+def transformers(transformers):
+    """The reference library, in float64 throughout."""
+    from transformers.models.gpt2 import modeling_gpt2
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen3 import modeling_qwen3
 
     class Double:
         """torch, except that float32 is float64: the reference rounds norms and angles to float32, whatever the weights."""

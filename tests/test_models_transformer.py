@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,13 +19,9 @@ SEEDS, FEW = st.integers(0, 10_000), settings(deadline=None, max_examples=30)
 
 
 def build(config: TransformerConfig, seed: int = 0) -> Transformer:
-    """A model in float64 whose every parameter is random: biases of 0 and gains of 1 would hide mistakes."""
+    """A model in float64, random throughout."""
     torch.manual_seed(seed)
-    model = Transformer(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return randomize(Transformer(config).double())
 
 
 def reference_model(config: TransformerConfig, train: bool = False) -> torch.nn.Transformer:
@@ -35,10 +32,7 @@ def reference_model(config: TransformerConfig, train: bool = False) -> torch.nn.
         reference = torch.nn.Transformer(
             width, config.n_heads, n, n, config.d_ff, 0.0, batch_first=True, norm_first=config.norm_first, dtype=torch.float64
         )
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return reference.train(train)
+    return randomize(reference).train(train)
 
 
 def run_reference(reference, source, target, source_mask=None, target_mask=None):

@@ -21,15 +21,6 @@ FEW = settings(deadline=None, max_examples=15)
 TINY = ResNetConfig("basic", (2, 1), (3, 5), n_classes=4, stem="cifar")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine two threads wait for each other at every layer."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def torchvision():
     """torchvision's models; where its compiled part does not fit this torch, without that part, which no model here needs."""

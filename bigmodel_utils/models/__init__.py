@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bigmodel_utils import checkpoint
 from bigmodel_utils.models.bert import BERT, BERTConfig
 from bigmodel_utils.models.deepspeech import DeepSpeech, DeepSpeech2, DeepSpeech2Config, DeepSpeechConfig
 from bigmodel_utils.models.gpt import GPT, GPTConfig
@@ -60,16 +61,7 @@ def load_reference(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         ValueError: naming the entries that are missing, unexpected or of another shape.
     """
     translated = model.translate_reference(state_dict)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in translated.items()}
-    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    wrong += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {found[name]}, not {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
+    wrong = checkpoint.mismatches(model, translated)
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"the state dict does not fit {type(model).__name__}: {'; '.join(sorted(wrong)[:8])}{more}")
+        raise ValueError(f"the state dict does not fit {type(model).__name__}: {wrong}")
     model.load_state_dict(translated)
