@@ -98,7 +98,7 @@ end
 -- a table that fits on a page is not cut.
 local function sized_table(tbl)
   local simple = pandoc.utils.to_simple_table(tbl)
-  local widths, total = {}, 0
+  local widths, words, total = {}, {}, 0
   local function measure(row)
     for column, cell in ipairs(row) do
       local length = 0
@@ -106,6 +106,9 @@ local function sized_table(tbl)
         length = math.max(length, utf8.len(line) or #line)
       end
       widths[column] = math.max(widths[column] or 3, math.min(length, 60))
+      for word in pandoc.utils.stringify(pandoc.Div(cell)):gmatch('%S+') do
+        words[column] = math.max(words[column] or 3, math.min(#word, 14))
+      end
     end
   end
   measure(simple.headers)
@@ -116,8 +119,13 @@ local function sized_table(tbl)
     total = total + width + 2
   end
   if total > 84 then
+    local shares, sum = {}, 0
+    for column, width in ipairs(widths) do
+      shares[column] = math.max((width + 2) / total, ((words[column] or 3) + 3) / 84) -- no column narrower than its words
+      sum = sum + shares[column]
+    end
     for column, spec in ipairs(tbl.colspecs) do
-      tbl.colspecs[column] = { spec[1], (widths[column] + 2) / total }
+      tbl.colspecs[column] = { spec[1], shares[column] / sum }
     end
   end
   if #simple.rows > 20 then
