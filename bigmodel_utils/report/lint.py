@@ -16,7 +16,7 @@ NUMBERED = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 ANY_LINK = re.compile(r"!?\[[^\]]*\]\([^)]*\)")
-MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/work/|/content/(?!bigmodel|constraints)|[A-Z]:\\\\)")
+MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/content/(?!bigmodel|constraints)|[A-Z]:\\\\)")
 
 
 def check(chapter: Chapter) -> list[str]:
