@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -63,15 +63,4 @@ def band(ax: Axes, x: Sequence[float], runs: np.ndarray, label: str, color: str,
     ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     ax.plot(x, middle, color=color)
     label_line(ax, x[-1], middle[-1], label, color)
-    return ax
-
-
-def loss_curves(curves: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
-    """Named curves against their step, labelled at their ends, on a logarithmic vertical axis."""
-    ax = ax or plt.subplots()[1]
-    for (name, values), color in zip(curves.items(), COLORS):
-        steps = np.arange(1, len(values) + 1)
-        ax.plot(steps, values, color=color)
-        label_line(ax, steps[-1], values[-1], name, color)
-    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
     return ax

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -32,10 +33,8 @@ def reference():
 def build(model_class, config, seed: int = 0):
     """A model in float64, random throughout, with weights large enough for the activations to reach the clip at 20."""
     torch.manual_seed(seed)
-    model = model_class(config).double()
+    model = randomize(model_class(config).double(), 0.2)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_()

@@ -52,7 +52,6 @@ def build(report: Report, build: Build) -> Path:
         "--columns=500",
         "--fail-if-warnings",
         f"--variable=title:{compose.TITLE}",
-        f"--variable=profile:{report.profile}",
         f"--variable=cjk:{font or 'Libertinus Serif'}",
     ]
     source, target = build.folder / "report.typ", build.folder / "report.pdf"
