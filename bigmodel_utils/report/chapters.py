@@ -161,10 +161,15 @@ def outside_code_and_math(markdown: str, change: Callable[[str], str]) -> str:
 _OPAQUE = re.compile(r"(^```.*?^```[ \t]*$|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$|<[^>\n]+>)", re.MULTILINE | re.DOTALL)
 
 
+_PROGRESS_BAR = re.compile(r"\s*\d+%\|| *\d+step \[")  # tqdm's widget as text
+
+
 def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Consecutive pieces of one stream as one output: how a stream is cut depends on timing."""
+    """Consecutive pieces of one stream as one output: how a stream is cut depends on timing. Progress bars are left out."""
     joined: list[dict[str, Any]] = []
     for output in outputs:
+        if _PROGRESS_BAR.match("".join(output.get("data", {}).get("text/plain", ""))):
+            continue
         if joined and output["output_type"] == "stream" and joined[-1].get("name") == output["name"]:
             joined[-1] = joined[-1] | {"text": "".join(joined[-1]["text"]) + "".join(output["text"])}
         else:

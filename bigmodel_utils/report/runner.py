@@ -210,6 +210,7 @@ def _begin(chapter: Chapter, profile: Profile, build: Build) -> subprocess.Popen
     work.mkdir(parents=True)
     (work / "profile.json").write_text(json.dumps(vars(profile)))
     environment = os.environ | {results.OUTPUT_VARIABLE: str(work), results.UPSTREAM_VARIABLE: str(build.folder)}
+    environment |= {"TQDM_DISABLE": "1"}  # nobody watches, and a bar would stay in the outputs
     command = [sys.executable, "-m", "bigmodel_utils.report", "execute", str(chapter.path), str(work)]
     with (work / "log.txt").open("wb") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
