@@ -49,7 +49,8 @@ def cards() -> pd.DataFrame:
 
     packages = {"solubility": SOLUBILITY, "reviews": REVIEWS, "digits": DIGITS, "mnist": MNIST}
     packages |= text.BIBLES | {"espeak": speech.ESPEAK}
-    origins = [("package", packages), ("system package", {"fashion-mnist": FASHION_MNIST}), ("download", downloads.CARDS)]
+    system_packages = {"fashion-mnist": FASHION_MNIST, "recordings": speech.RECORDINGS}
+    origins = [("package", packages), ("system package", system_packages), ("download", downloads.CARDS)]
     rows = {name: _row(card, origin) for origin, sets in origins for name, card in sets.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
 

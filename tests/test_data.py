@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from bigmodel_utils import data
+from bigmodel_utils import data, downloads, speech, text
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +304,15 @@ def test_all_cards_stand_in_one_table():
     assert table.megabytes["cifar-10"] == 170.052171
     assert table["rows"]["solubility"] == "train 1,025, test 257"
     assert data.SOLUBILITY.sha256["solubility.test.sdf"] in table.sha256["solubility"]
+
+
+def test_no_card_is_forgotten():
+    written = [data, text, speech, downloads]
+    found = [value for module in written for value in vars(module).values()]
+    found += [card for value in found if isinstance(value, dict) for card in value.values()]
+    titles = {card.title for card in found if isinstance(card, data.Card)}
+    assert len(titles) > 15
+    assert titles == set(data.cards().title)
 
 
 @pytest.mark.parametrize(
