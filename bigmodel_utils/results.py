@@ -6,18 +6,19 @@ come from: parameters, commit, versions, hardware, seconds, memory. Its checksum
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bigmodel_utils import claims
 
@@ -128,8 +129,9 @@ def find_artifact(name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: to a temporary file beside it, synced, then renamed.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when all went well: synced, then renamed.
 
     A full disk or a kill leaves whatever was there before.
     """
@@ -137,13 +139,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def git_state() -> dict[str, Any]:

@@ -95,5 +95,5 @@ def test_a_notebook_that_cannot_fit_is_refused_before_it_runs(run, capsys):
 
 
 def test_an_unknown_device_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown device 'gpu0'; use one of auto, cpu"):
+    with pytest.raises(ValueError, match="unknown device 'gpu0'; use auto, cpu"):
         notebook.start("07_try", {"device_name": "gpu0"})
