@@ -4,8 +4,9 @@ PROFILE ?= small
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+XLA := .venv-xla
 
-.PHONY: help env report test unit nbval check normalize format badges wheel bench lab clean
+.PHONY: help env report test unit nbval test-xla check normalize format badges wheel bench lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +24,17 @@ report: $(READY) ## execute what changed and build HTML and PDF (PROFILE=small; 
 	+@$(PY) -m bigmodel_utils.report build --profile $(PROFILE)
 
 test: $(READY) check unit nbval ## everything that must pass
+
+test-xla: $(XLA)/.ready ## device tests, and notebooks 5 and 6 against the CPU, under torch_xla (Linux, 9 GB; no TPU)
+	PJRT_DEVICE=CPU $(XLA)/bin/python -m pytest -q tests/test_device.py tests/xla
+
+# Colab's TPU runtime has these versions of torch and torch_xla; the rest is the tested set.
+$(XLA)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(XLA)
+	grep -v '^torch' constraints.txt > $(XLA)/constraints.txt
+	$(XLA)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(XLA)/constraints.txt $(PIP_ARGS) \
+	  torch==2.9.0 torch_xla==2.9.0 --editable '.[data,files,report,test]'
+	@touch $@
 
 check: $(READY) ## lint of code and notebooks
 	$(PY) -m ruff check .

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from bigmodel_utils import claims, results
+from bigmodel_utils import claims
 
 
 @dataclass
@@ -84,7 +84,7 @@ def predict_cost(seconds: float, memory_bytes: float) -> None:
     from bigmodel_utils import device
 
     run = current()
-    available_bytes = device.available_memory_bytes() + results.peak_memory_bytes()
+    available_bytes = device.available_memory_bytes() + device.peak_memory_bytes()
     if memory_bytes > available_bytes:
         raise MemoryError(
             f"{run.name} needs about {memory_bytes / 1e9:.1f} GB and {available_bytes / 1e9:.1f} GB are available: "

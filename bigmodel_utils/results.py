@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -55,7 +54,7 @@ def save(values: Mapping[str, Any]) -> Path:
         RuntimeError: where `notebook.start` was not called, so that the file has no name.
         TypeError: for a value that JSON cannot hold.
     """
-    from bigmodel_utils import notebook
+    from bigmodel_utils import device, notebook  # here: the report reads results without torch
 
     run = notebook.current()
     record = {
@@ -71,7 +70,7 @@ def save(values: Mapping[str, Any]) -> Path:
             "hardware": hardware(),
             "device": run.device_name,
             "seconds": run.seconds(),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": device.peak_memory_bytes(),
             "predicted": run.predicted,
         },
     }
@@ -190,18 +189,6 @@ def hardware() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held (resident), in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def _read_folders() -> list[Path]:

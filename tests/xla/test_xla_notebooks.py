@@ -1,0 +1,64 @@
+"""The smoke profile of the notebooks that train, unchanged on XLA: every loss of every training is the CPU's."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from bigmodel_utils import results
+from bigmodel_utils.report import chapters, profiles, runner
+
+pytest.importorskip("torch_xla", reason="torch_xla is not installed here: `make test-xla` has its own environment")
+
+HERE = Path(__file__).resolve().parent
+RELATIVE, ABSOLUTE = 1e-5, 1e-6  # as in test_xla.py; a loss far below 1 is the square of errors that round like larger ones
+
+
+def run(name: str, device_name: str, folder: Path, patch: pytest.MonkeyPatch) -> list[list[float]]:
+    """Execute a notebook at its smoke sizes on that device; the losses of each training."""
+    course = chapters.read_all()
+    profile = profiles.with_overrides(profiles.load("smoke", course), [f"{name}.device_name={device_name}"], course)
+    chapter = next(chapter for chapter in course if chapter.name == name)
+    cells = chapter.notebook["cells"]
+    start = next(index for index, cell in enumerate(cells) if "notebook.start(" in chapters.text(cell))
+    source = f"import sys\n\nsys.path.append({str(HERE)!r})\nimport record_losses\n\nrecord_losses.into('losses.json')"
+    record = {"cell_type": "code", "id": "record", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+    notebook = chapter.notebook | {"cells": [*cells[: start + 1], record, *cells[start + 1 :]]}
+    path, work = folder / "source" / f"{name}.ipynb", folder / "work"
+    results.write_atomically(path, chapters.dump(notebook))
+    work.mkdir()
+    patch.setenv(results.OUTPUT_VARIABLE, str(work))
+    patch.setenv("TQDM_DISABLE", "1")
+    try:
+        runner.execute(chapters.read(path), profile, work)
+    except SystemExit:
+        pytest.fail(f"{name} failed on {device_name}: {json.loads((work / 'status.json').read_text())['error']}")
+    assert results.read(work / "results" / f"{name}.json")["provenance"]["device"].partition(":")[0] == device_name
+    return json.loads((work / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["05_train_mlp", "06_language_model"])
+def test_losses_of_the_notebook_equal_the_cpus_step_by_step(name, tmp_path, monkeypatch, say):
+    if not (chapters.folder() / "notebooks" / f"{name}.ipynb").is_file():
+        pytest.skip(f"{name} is not written yet")
+    trainings, seconds = {}, {}
+    for device_name in ("cpu", "xla"):
+        begin = time.perf_counter()
+        (tmp_path / device_name).mkdir()
+        trainings[device_name] = run(name, device_name, tmp_path / device_name, monkeypatch)
+        seconds[device_name] = time.perf_counter() - begin
+    reference = [loss for losses in trainings["cpu"] for loss in losses]
+    assert [len(losses) for losses in trainings["xla"]] == [len(losses) for losses in trainings["cpu"]]
+    assert len(reference) > 50 and max(reference) > 1.1 * min(reference)
+    differences = [abs(a - b) for a, b in zip((loss for losses in trainings["xla"] for loss in losses), reference)]
+    assert all(map(math.isfinite, differences))
+    relative = max(difference / max(loss, ABSOLUTE / RELATIVE) for difference, loss in zip(differences, reference))
+    say(
+        f"{name}: {len(reference)} losses of {len(trainings['cpu'])} trainings, largest difference {max(differences):.1e}, "
+        f"relative {relative:.1e}; {seconds['cpu']:.0f} s on the CPU, {seconds['xla']:.0f} s on XLA"
+    )
+    assert relative < RELATIVE
