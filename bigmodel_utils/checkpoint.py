@@ -118,11 +118,11 @@ def load(
     tree = load_tree(path, device)
     if not isinstance(tree, dict) or not tree.keys() >= {"model", "step", "extra"}:
         raise CheckpointError(f"{path} was not written by checkpoint.save: read it with checkpoint.load_tree")
+    if optimizer is not None and "optimizer" not in tree:
+        raise CheckpointError(f"{path} holds no optimiser state: load it without an optimizer, or save it with one")
     if model is not None:
         _load_model(path, model, tree["model"])
     if optimizer is not None:
-        if "optimizer" not in tree:
-            raise CheckpointError(f"{path} holds no optimiser state: load it without an optimizer, or save it with one")
         try:
             optimizer.load_state_dict(tree["optimizer"])
         except ValueError as error:
@@ -177,7 +177,7 @@ class Folder:
     """The checkpoints of one run, <path>/step-0000000100.safetensors and so on, which a kill at any moment leaves usable.
 
     One process writes, any may read. One write goes on at a time: a `save` that comes before the last one is done waits
-    for it. So no step that was asked for is left out, one copy of the state is in memory at most, and when `save`
+    for it. So no step that was asked for is left out, at most one copy of the state is in memory, and when `save`
     returns, the checkpoint before is safe. As a context manager it waits at the end.
 
     Args:
@@ -205,8 +205,8 @@ class Folder:
         """Take a copy of the tree, which may change from here on, and write it.
 
         Raises:
-            ValueError: for a negative step.
-            TypeError, ValueError: as `save_tree`.
+            ValueError: for a negative step, or as `save_tree`.
+            TypeError: as `save_tree`.
             OSError: where this write (if synchronous) or the one before failed.
         """
         if step < 0:
@@ -240,7 +240,7 @@ class Folder:
                 warnings.warn(f"skipped: {error}", stacklevel=2)
         return None
 
-    def _write_and_prune(self, content: bytearray, step: int) -> None:
+    def _write_and_prune(self, content: memoryview, step: int) -> None:
         self._remove(self._list(r"\.step-(\d+)\.safetensors.*\.part"))  # of a process that was killed
         _write(f"{self.path}/step-{step:010}.safetensors", content)
         self._remove(sorted(found for found in self._list(r"step-(\d+)\.safetensors") if found[0] <= step)[: -self.keep])
@@ -280,7 +280,7 @@ def _load_model(path: str | Path, model: nn.Module, state: dict[str, Tensor]) ->
     model.load_state_dict(state)
 
 
-def _snapshot(tree: Any) -> bytearray:
+def _snapshot(tree: Any) -> memoryview:
     """The file of a tree, its checksum not filled in: from here on the tree may change."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
@@ -297,7 +297,7 @@ def _snapshot(tree: Any) -> bytearray:
             f"all that is not a tensor takes {len(head)} bytes, over {MAX_HEADER_BYTES}: put long lists into tensors"
         )
     first = 8 + len(head)
-    content = bytearray(first + end)
+    content = memoryview(torch.empty(first + end, dtype=torch.uint8).numpy())  # bytearray would fill it with 0 first
     content[:first] = len(head).to_bytes(8, "little") + head
     for name, value in tensors.items():
         if value.numel():
@@ -347,7 +347,7 @@ def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: _unpack(item, tensors) for key, item in value}
 
 
-def _checksum(content: bytes | bytearray) -> bytes:
+def _checksum(content: bytes | memoryview) -> bytes:
     digest = hashlib.sha256(content[: DIGITS.start])
     digest.update(memoryview(content)[DIGITS.stop :])
     return digest.hexdigest().encode()
@@ -385,7 +385,7 @@ def _read(path: str | Path) -> bytes:
         ) from None
 
 
-def _write(path: str | Path, content: bytearray) -> None:
+def _write(path: str | Path, content: memoryview) -> None:
     """Fill in the checksum and write the whole file or nothing."""
     content[DIGITS] = _checksum(content)
     filesystem, name = _filesystem(path)

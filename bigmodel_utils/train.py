@@ -145,8 +145,8 @@ def fit(
         scheduler: stepped after every batch.
         validation: evaluated at the end of every epoch, or every `config.eval_every` steps.
         checkpoints: where the run is saved, and from where it goes on if it was stopped: with the same arguments the
-            result is the same, bit for bit, as that of a run that was never stopped. `batches` then needs `state_dict`
-            and `load_state_dict`, as `data.Batches` has them.
+            result is the same, bit for bit, as that of a run that was never stopped (on as many threads: their number
+            changes the order of sums). `batches` then needs `state_dict` and `load_state_dict`, as `data.Batches` has them.
 
     Returns:
         the history, one record an evaluation.
@@ -154,6 +154,7 @@ def fit(
     Raises:
         TrainingError: where a loss is not finite or a spike, and no roll-back is left, with the step and the batch.
             Where the loss is looked at in every step (on the CPU) the model is left as the last good step made it.
+        CheckpointError: where the newest checkpoint is of another architecture.
     """
     run = _Run(model, optimizer, scheduler, batches, config)
     if checkpoints is not None:
@@ -368,6 +369,11 @@ class _Run:
         if found is None:
             return
         self.saved_step, state = found
+        wrong = checkpoint.mismatches(self.model, state["training"]["model"])
+        if wrong:
+            raise checkpoint.CheckpointError(
+                f"{checkpoints.path} holds a run of another architecture: {wrong}. Use a new folder"
+            )
         self._restore(state["training"])
         for name, value in state["progress"].items():
             setattr(self, name, value)

@@ -338,6 +338,14 @@ def test_checkpoints_need_batches_that_know_their_place(tmp_path):
         )
 
 
+def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
+    model, optimizer = build()
+    fit(model, optimizer, checkpoints=checkpoint.Folder(tmp_path))
+    other = MLP(MLPConfig((6, 4, 1)))
+    with pytest.raises(checkpoint.CheckpointError, match=r"holds a run of another architecture: .*\(8, 6\), not \(4, 6\)"):
+        fit(other, torch.optim.Adam(other.parameters()), checkpoints=checkpoint.Folder(tmp_path))
+
+
 def test_no_batches_are_refused():
     model, optimizer = build()
     with pytest.raises(ValueError, match="nothing to train on"):
