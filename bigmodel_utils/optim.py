@@ -3,9 +3,9 @@
 `torch.optim.Optimizer` keeps the books (parameter groups, state, state dict), so that these drop into `train.fit`,
 `checkpoint.save` and torch's schedulers; the arithmetic is here. Names, conventions and defaults are those of torch.optim,
 and every class takes the same 100 float64 steps as its counterpart there. Training proper uses torch.optim's, which are fused
-into fewer passes over memory.
+into fewer passes over memory, and so does `Muon`, the one class here that is not written out.
 
-In all of them w is a parameter, g its gradient, lr the step size, and `weight_decay` adds weight_decay * w to g
+In the others w is a parameter, g its gradient, lr the step size, and `weight_decay` adds weight_decay * w to g
 (the gradient of weight_decay/2 * sum of squares), but for AdamW, which shrinks w itself.
 """
 
@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from bigmodel_utils import device as devices
 
 Parameters = (
     Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -169,6 +171,79 @@ def adam_direction(g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
     return m / (s.sqrt() + group["eps"])
 
 
+class Muon(torch.optim.Optimizer):
+    """The matrices inside a network by Muon, and all else by AdamW: torch's two, with one state dict and one schedule.
+
+    Muon replaces each matrix's momentum by the nearest matrix with orthogonal rows or columns, roughly (five steps of a
+    Newton-Schulz iteration in bfloat16), so that every direction moves equally far:
+    m <- momentum m + (1 - momentum) g, w <- (1 - lr weight_decay) w - lr sqrt(max(1, rows / columns)) orthogonal(m),
+    with m looked ahead as Nesterov does. That suits maps from activations to activations. An embedding, of which a batch
+    moves few rows, the output layer, and vectors are AdamW's.
+
+    Args:
+        matrices: two-dimensional parameters; `split_matrices` finds them, and the others, in a model.
+        others: the other parameters.
+        lr: of the matrices; an update has singular values near 1, so that this is how far a weight matrix moves.
+        adamw_lr: of the others.
+        weight_decay: of both.
+        momentum: of Muon.
+        betas: of AdamW.
+
+    Raises:
+        ValueError: as AdamW, for no matrices or no others, and for matrices that are not two-dimensional.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
+        lr: float = 0.02,
+        adamw_lr: float = 3e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ):
+        others = list(others)
+        _nonnegative(lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay)
+        _fractions(momentum=momentum, beta1=betas[0], beta2=betas[1])
+        fused = all(devices.supports_fused(w.device) for w in others)
+        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        self.adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the two work on this optimiser's state and groups, which schedulers and checkpoints see."""
+        self.muon.state = self.adamw.state = self.state
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def split_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """A model's parameters as `Muon` takes them: the weights of linear maps in its repeated layers, and the others.
+
+    Repeated layers are those in an `nn.ModuleList`, such as a GPT's blocks: embeddings and output layers are outside.
+
+    Raises:
+        ValueError: for a model without such matrices.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    linear = {id(part.weight) for layers in lists for part in layers.modules() if isinstance(part, nn.Linear)}
+    matrices = [w for w in model.parameters() if id(w) in linear]
+    if not matrices:
+        raise ValueError(f"{type(model).__name__} has no linear map inside an nn.ModuleList: name the matrices yourself")
+    return matrices, [w for w in model.parameters() if id(w) not in linear]
+
+
 def step_decay(every: int, factor: float = 0.1) -> Schedule:
     """Multiply the learning rate by `factor` after each `every` steps.
 
@@ -218,6 +293,22 @@ def warmup(warmup_steps: int, then: Schedule = lambda step: 1.0) -> Schedule:
     """
     _at_least_one(warmup_steps=warmup_steps)
     return lambda step: (step + 1) / warmup_steps if step < warmup_steps else then(step - warmup_steps)
+
+
+def trapezoid(max_steps: int, warmup_steps: int, decay_steps: int) -> Schedule:
+    """Rise as `warmup`, stay at 1, and fall in a straight line, decay_steps long, that reaches 0 after max_steps.
+
+    Unlike a cosine's, its course does not depend on the end until the fall begins: a run can be made longer halfway.
+
+    Raises:
+        ValueError: for lengths below 1, or a rise and a fall that overlap.
+
+    Source: Xing et al. 2018, https://arxiv.org/abs/1802.08770; Hägele et al. 2024, https://arxiv.org/abs/2405.18392.
+    """
+    _at_least_one(max_steps=max_steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    if warmup_steps + decay_steps > max_steps + 1:
+        raise ValueError(f"{warmup_steps} steps of rise and {decay_steps} of fall must fit into {max_steps} steps")
+    return lambda step: max(0.0, min(1.0, (step + 1) / warmup_steps, (max_steps - step) / decay_steps))
 
 
 def _visit(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]]:

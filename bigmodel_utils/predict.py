@@ -19,6 +19,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from bigmodel_utils import device as devices
+
 Predictor = Callable[[Tensor], Tensor]  # features (m, d) -> predictions (m, k)
 
 
@@ -475,8 +477,11 @@ def _next_logits(model: nn.Module, tokens: Tensor, cache) -> Tensor:
     if cache is None or tokens.shape[1] > context:
         logits = model(tokens[:, -context:])[:, -1]
     else:
-        logits = model(tokens[:, cache.length :], cache)[:, -1]
-    if not (logits < math.inf).all():  # false for NaN, too
+        new = tokens[:, cache.length :]
+        # A single token is too little work to share: waiting for another thread takes longer than it saves.
+        with devices.threads(1 if new.numel() == 1 else torch.get_num_threads()):
+            logits = model(new, cache)[:, -1]
+    if not logits.amax() < math.inf:  # true for NaN, too
         raise ValueError("the model's logits are NaN or infinite: did its training diverge?")
     return logits
 
@@ -516,18 +521,19 @@ def generate(
     if n_tokens < 0:
         raise ValueError(f"n_tokens must be 0 or more, got {n_tokens}")
     _refuse_sampling(temperature, top_k, top_p)
-    text, was_training = tokens.to(next(model.parameters()).device), model.training
+    device, was_training = next(model.parameters()).device, model.training
+    text = nn.functional.pad(tokens.to(device), (0, n_tokens))  # (B, T + n_tokens), filled from left to right
     model.eval()
     try:
-        cache = model.new_cache(text.shape[-1] + n_tokens) if use_cache else None
-        for _ in range(n_tokens):
-            probabilities = token_probabilities(_next_logits(model, text, cache), temperature, top_k, top_p)
+        cache = model.new_cache(text.shape[-1]) if use_cache else None
+        for length in range(tokens.shape[-1], text.shape[-1]):
+            logits = _next_logits(model, text[..., :length], cache)
             if temperature == 0:
-                chosen = probabilities.argmax(dim=-1, keepdim=True)  # (B, 1)
-            else:
-                device = probabilities.device if generator is None else generator.device
-                chosen = torch.multinomial(probabilities.to(device), 1, generator=generator)
-            text = torch.cat([text, chosen.to(text)], dim=1)
+                text[:, length] = logits.argmax(dim=-1)
+                continue
+            probabilities = token_probabilities(logits, temperature, top_k, top_p)
+            drawn_on = device if generator is None else generator.device
+            text[:, length] = torch.multinomial(probabilities.to(drawn_on), 1, generator=generator)[:, 0]
     finally:
         model.train(was_training)
     return text.to(tokens.device)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -99,11 +99,40 @@ def _clean(verse: str) -> str:
     return " ".join(re.sub(r"[\[\]\\]", "", verse).split())
 
 
-def aligned_verses() -> list[tuple[str, str]]:
-    """Pairs (King James, Basic English) of the verses that both have, in the Bible's order, without Isaiah 64 to 66."""
+def numbered_pairs() -> dict[int, tuple[str, str]]:
+    """Pairs (King James, Basic English) of the verses that both have, by number, in the Bible's order, without Isaiah 64 to 66."""
     kjv, bbe = load_verses("kjv"), load_verses("bbe")
     shared = (number for number in sorted(kjv.keys() & bbe.keys()) if number // 1000 not in RENUMBERED)
-    return [(kjv[number], bbe[number]) for number in shared]
+    return {number: (kjv[number], bbe[number]) for number in shared}
+
+
+def aligned_verses() -> list[tuple[str, str]]:
+    """The pairs of `numbered_pairs`, without their numbers."""
+    return list(numbered_pairs().values())
+
+
+def split_by_book(numbers: Iterable[int], held_out: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
+    """Verse numbers in parts that share no book: "train", and the parts of `held_out`.
+
+    Verses drawn at random would not do: neighbours tell one story, and parallel books tell it twice.
+
+    Args:
+        numbers: of verses, as `load_verses` counts them.
+        held_out: for each further part the numbers of its books, from 1 (Genesis) to 66 (Revelation).
+
+    Raises:
+        ValueError: for a book in two parts, or a part without verses.
+    """
+    part_of = {book: part for part, books in held_out.items() for book in books}
+    if len(part_of) != sum(len(list(books)) for books in held_out.values()):
+        raise ValueError(f"each book belongs to one part, got {dict(held_out)}")
+    parts = {name: [] for name in ("train", *held_out)}
+    for number in numbers:
+        parts[part_of.get(number // 1_000_000, "train")].append(number)
+    empty = [name for name, members in parts.items() if not members]
+    if empty:
+        raise ValueError(f"no verses in {', '.join(empty)}: books are counted from 1 to 66")
+    return parts
 
 
 def words(text: str) -> list[str]:
@@ -113,6 +142,51 @@ def words(text: str) -> list[str]:
     ['Saul’s', 'men', ',', 'he', 'said', '.']
     """
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]", text)
+
+
+NEVER_NAMES = {"i", "o"}  # always printed as capitals
+
+
+def find_names(verses: Iterable[Sequence[str]]) -> set[str]:
+    """Words, lower-cased, whose capital is their own: not explained by a sentence, or a speech, that begins.
+
+    A capital is a word's own where the word before begins with a small letter. Words that stand so more often than they are
+    printed small are names, and so are words that are never printed small.
+
+    Args:
+        verses: each as from `words`.
+    """
+    inside, small, seen = Counter(), Counter(), set()
+    for verse in verses:
+        for before, word in zip(["", *verse], verse):
+            if word[0].isalpha():
+                seen.add(word.lower())
+                small[word.lower()] += word[0].islower()
+                inside[word.lower()] += before[:1].islower() and word[0].isupper()
+    names = {form for form in seen if inside[form] > small[form] or not small[form]}
+    return names - NEVER_NAMES
+
+
+def name_labels(verse: Sequence[str], names: set[str]) -> list[str]:
+    """Labels B-NAME, I-NAME and O of a verse's words: a capital that is the word's own begins a name or goes on with it.
+
+    This is silver, not gold: it knows what the printer set with a capital, and nobody has read the verse for it.
+
+    Args:
+        verse: as from `words`, with its capitals.
+        names: as from `find_names`; other words are names where they follow a small letter.
+    """
+    labels: list[str] = []
+    for place, word in enumerate(verse):
+        own = word.lower() in names or (place > 0 and verse[place - 1][0].islower() and word.lower() not in NEVER_NAMES)
+        hyphenated = place > 1 and verse[place - 1] == "-" and word[0].isalpha()
+        joined = hyphenated and labels[place - 2] != "O"  # the el of Beth-el
+        is_name = joined or (word[0].isupper() and own)
+        if joined:
+            labels[place - 1] = "I-NAME"
+        goes_on = is_name and place > 0 and labels[place - 1] != "O"
+        labels.append("I-NAME" if goes_on else "B-NAME" if is_name else "O")
+    return labels
 
 
 class Vocabulary:

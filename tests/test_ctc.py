@@ -90,6 +90,37 @@ def test_likelihood_refuses_foreign_labels_and_shapes(shape, labels, blank):
         ctc.log_likelihood(torch.zeros(shape), labels, blank)
 
 
+def test_loss_is_the_mean_for_each_label():
+    log_probs, texts, n_frames = torch.stack([draw(9, 4, 1), draw(9, 4, 2)]), [[1, 2, 2], [3]], [9, 5]
+    target = torch.tensor([[1, 2, 2], [3, 0, 0]]), torch.tensor([3, 1]), torch.tensor(n_frames)
+    each = [-ctc.log_likelihood(row[:n], text) / len(text) for row, n, text in zip(log_probs, n_frames, texts)]
+    torch.testing.assert_close(ctc.loss(log_probs, target), torch.stack(each).mean())
+
+
+@FEW
+@given(st.integers(1, 6), st.integers(2, 4), SEEDS, st.data())
+def test_alignment_is_the_best_of_all_paths_that_say_the_text(n_frames, n_labels, seed, data):
+    blank = data.draw(st.integers(0, n_labels - 1))
+    log_probs = draw(n_frames, n_labels, seed)
+    said = defaultdict(list)
+    for path in itertools.product(range(n_labels), repeat=n_frames):
+        said[collapse_by_loop(path, blank)].append(sum(row[label] for row, label in zip(log_probs.tolist(), path)))
+    text = data.draw(st.sampled_from(sorted(said)))
+    positions = ctc.align(log_probs, text, blank)
+    path = [blank if position is None else text[position] for position in positions]
+    assert collapse_by_loop(path, blank) == text and len(path) == n_frames
+    assert sum(row[label] for row, label in zip(log_probs.tolist(), path)) == pytest.approx(max(said[text]), abs=1e-12)
+    order = [position for position in positions if position is not None]
+    assert order == sorted(order) and set(order) == set(range(len(text)))
+
+
+def test_alignment_of_what_cannot_be_said():
+    with pytest.raises(ValueError, match="no path of 2 frames says these 2 labels"):
+        ctc.align(draw(2, 3, 0), [1, 1])
+    with pytest.raises(ValueError, match="not the blank 0"):
+        ctc.align(draw(2, 3, 0), [0])
+
+
 @FEW
 @given(st.integers(1, 7), st.integers(2, 4), SEEDS)
 def test_greedy_takes_the_best_path_of_all(n_frames, n_labels, seed):
@@ -176,6 +207,47 @@ def test_forbidden_texts_and_a_language_model_without_weight():
 def test_labels_of_probability_zero_are_not_followed():
     log_probs = torch.tensor([[0.5, 0.5, 0.0]] * 3, dtype=torch.float64).log()
     assert all(2 not in hypothesis.labels for hypothesis in ctc.beam_search(log_probs, 100))
+
+
+@FEW
+@given(st.integers(1, 5), st.integers(2, 4), SEEDS, st.floats(-4, 0))
+def test_labels_below_the_limit_are_not_followed(n_frames, n_labels, seed, min_log_p):
+    log_probs = draw(n_frames, n_labels, seed)
+    cut = log_probs.clone()
+    cut[:, 1:][cut[:, 1:] < min_log_p] = -math.inf  # the blank is always followed
+    assert ctc.beam_search(log_probs, 500, min_log_p=min_log_p) == ctc.beam_search(cut, 500)
+
+
+LABELS = st.lists(st.integers(1, 3), max_size=5)
+
+
+@FEW
+@given(st.lists(LABELS, max_size=5), st.integers(1, 4), LABELS)
+def test_ngram_probabilities_are_those_of_the_formula_and_sum_to_one(texts, order, prefix):
+    model = ctc.NGramModel(texts, order, n_labels=3)
+
+    def expected(context: tuple, label: int | None) -> float:
+        padded = [[None] * (order - 1) + text + [None] for text in texts]
+        n = len(context)
+        followers = [
+            text[i] for text in padded for i in range(order - 1, len(text)) if tuple(text[i - n : i]) == context
+        ]  # all that stood behind this context
+        shorter = expected(context[1:], label) if n else 1 / 4
+        d = len(set(followers))
+        return (followers.count(label) + d * shorter) / (len(followers) + d) if followers else shorter
+
+    context = ((None,) * (order - 1) + tuple(prefix))[len(prefix) :]
+    total = 0.0
+    for label in (1, 2, 3, None):
+        p = math.exp(model(tuple(prefix), label))
+        assert p == pytest.approx(expected(context, label), rel=1e-12)
+        total += p
+    assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_ngram_model_without_an_order():
+    with pytest.raises(ValueError, match="order is 1 or more"):
+        ctc.NGramModel([], 0, 3)
 
 
 @pytest.mark.parametrize("shape, beam_width, blank", [((0, 3), 4, 0), ((2, 3), 0, 0), ((2, 3), 4, 3), ((1, 2, 3), 4, 0)])

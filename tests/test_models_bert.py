@@ -17,6 +17,7 @@ HEADS = {  # class of transformers -> the heads that it has
     "BertForMaskedLM": {"pooler": False, "masked_lm": True},
     "BertForPreTraining": {"pooler": True, "masked_lm": True, "next_sentence": True},
     "BertForTokenClassification": {"pooler": False, "n_token_labels": 5},
+    "BertForSequenceClassification": {"pooler": True, "n_row_labels": 3},
 }
 SEEDS, FEW = st.integers(0, 10_000), settings(deadline=None, max_examples=30)
 
@@ -40,7 +41,7 @@ def reference_model(transformers, name: str, config: BERTConfig, train: bool = F
         layer_norm_eps=config.norm_eps,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=config.n_token_labels or 2,
+        num_labels=config.n_token_labels or config.n_row_labels or 2,
         pad_token_id=None,  # with one, the library gives its embedding no gradient
         attn_implementation="eager",
     )
@@ -61,6 +62,7 @@ def outputs_of(name: str, ours, theirs) -> list[tuple[str, torch.Tensor, torch.T
             ("next_sentence_logits", ours.next_sentence_logits, theirs.seq_relationship_logits),
         ],
         "BertForTokenClassification": lambda: [("token_logits", ours.token_logits, theirs.logits)],
+        "BertForSequenceClassification": lambda: [("row_logits", ours.row_logits, theirs.logits)],
     }[name]()
 
 
@@ -115,10 +117,29 @@ def test_heads_that_are_absent_say_none():
     tokens = torch.zeros(2, 3, dtype=torch.long)
     output = BERT(replace(TINY, pooler=False))(tokens)
     assert output.hidden.shape == (2, 3, 15)
-    assert output[1:] == (None, None, None, None)
-    everything = replace(TINY, masked_lm=True, next_sentence=True, n_token_labels=4)
+    assert output[1:] == (None,) * 5
+    everything = replace(TINY, masked_lm=True, next_sentence=True, n_row_labels=3, n_token_labels=4)
     shapes = [tuple(tensor.shape) for tensor in BERT(everything)(tokens)]
-    assert shapes == [(2, 3, 15), (2, 15), (2, 3, 11), (2, 2), (2, 3, 4)]
+    assert shapes == [(2, 3, 15), (2, 15), (2, 3, 11), (2, 2), (2, 3), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_the_row_label_reads_the_pooler_or_the_mean_of_the_real_tokens(pooler):
+    model = build(replace(TINY, pooler=pooler, n_row_labels=2))
+    tokens, mask = torch.randint(11, (3, 6)), random_mask(3, 6)
+    output = model(tokens, mask=mask)
+    rows = [hidden[real].mean(dim=0) for hidden, real in zip(output.hidden, mask)]
+    expected = model.row_classifier(output.pooled if pooler else torch.stack(rows))
+    assert_equal(output.row_logits, expected, "the row's logits")
+
+
+def test_layers_run_in_two_parts_are_the_whole():
+    model = build(replace(TINY, n_layers=3, n_row_labels=2))
+    tokens, mask = torch.randint(11, (2, 5)), random_mask(2, 5)
+    for k in range(4):
+        lower = model.run_layers(model.embed(tokens), mask, last=k)
+        both = model.run_heads(model.run_layers(lower, mask, first=k), mask)
+        assert torch.equal(both.row_logits, model(tokens, mask=mask).row_logits)
 
 
 # Counts
@@ -136,8 +157,8 @@ def test_named_sizes_count_by_formula_on_the_meta_device_and_in_the_library(tran
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.tuples(*[st.integers(1, 4)] * 7), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 3))
-def test_formula_counts_the_parameters(sizes, pooler, masked_lm, next_sentence, n_token_labels):
+@given(st.tuples(*[st.integers(1, 4)] * 7), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 3), st.integers(0, 3))
+def test_formula_counts_the_parameters(sizes, pooler, masked_lm, next_sentence, n_row_labels, n_token_labels):
     n_layers, n_heads, d_head, d_ff, vocab_size, context_length, n_segments = sizes
     config = BERTConfig(
         n_layers,
@@ -150,6 +171,7 @@ def test_formula_counts_the_parameters(sizes, pooler, masked_lm, next_sentence, 
         pooler=pooler,
         masked_lm=masked_lm,
         next_sentence=next_sentence and pooler,
+        n_row_labels=n_row_labels,
         n_token_labels=n_token_labels,
     )
     assert models.count_parameters(config) == models.count_parameters(BERT(config))
@@ -162,7 +184,7 @@ def test_formula_counts_the_parameters(sizes, pooler, masked_lm, next_sentence, 
 @given(SEEDS, st.integers(1, 6), st.integers(0, 3))
 def test_padding_never_changes_real_positions(seed, T, n_padding):
     """Neither its amount nor its tokens nor its segments do."""
-    model = build(replace(TINY, masked_lm=True, next_sentence=True, n_token_labels=2), seed)
+    model = build(replace(TINY, masked_lm=True, next_sentence=True, n_row_labels=2, n_token_labels=2), seed)
     tokens, segments = torch.randint(11, (2, T)), torch.randint(2, (2, T))
     mask = (torch.arange(T + n_padding) < T).expand(2, -1)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmodel_utils import models
-from bigmodel_utils.models.gpt import GPT, GPTConfig, rotate, rotation
+from bigmodel_utils.models.gpt import GPT, GPTConfig, attend, linear, rotate, rotation
 
 MODERN = {"position": "rotary", "norm": "rms", "feed_forward": "swiglu", "bias": False, "tied": False}
 LAYOUTS = [  # n_heads, d_model and what else differs from GPT-2
@@ -431,6 +431,64 @@ def test_rotation_equals_multiplication_by_complex_numbers():
 def test_half_precision_counts_positions_apart():
     cos, sin = rotation(torch.tensor([256, 257]), 8, 10_000.0, torch.bfloat16)
     assert cos.dtype == torch.float32 and not torch.equal(cos[0], cos[1])
+
+
+# Shortcuts on the CPU.
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(0, 20), st.integers(0, 99))
+def test_attention_in_bfloat16_is_attention(n_rows, n_kv, group, length, n_before, seed):
+    """Written out in bfloat16, against torch's kernel in float64 on the same numbers: values and gradients."""
+    torch.manual_seed(seed)
+    shapes = [(n_rows, n_kv * group, length, 16)] + 2 * [(n_rows, n_kv, n_before + length, 16)]
+    short = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    exact = [tensor.detach().double().requires_grad_() for tensor in short]
+    found, expected = attend(*short), attend(*exact)
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.03)
+    for ours, theirs in zip(short, exact):
+        torch.testing.assert_close(
+            ours.grad.double(), theirs.grad, rtol=0.02, atol=0.05 * max(1.0, theirs.grad.abs().max().item())
+        )
+    if length > 1:  # what comes later is not seen
+        changed = [tensor.detach().clone() for tensor in short]
+        changed[1][:, :, -1], changed[2][:, :, -1] = 7.0, 9.0
+        assert torch.equal(attend(*changed)[:, :, :-1], found[:, :, :-1])
+
+
+def test_dropout_in_bfloat16_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.bfloat16) for _ in range(3))
+    mean = attend(q.expand(4000, -1, -1, -1), k, v, dropout=0.4).float().mean(dim=0, keepdim=True)
+    torch.testing.assert_close(mean, attend(q, k, v).float(), rtol=0, atol=0.1)
+    assert not torch.equal(attend(q, k, v, dropout=0.4), attend(q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (1, 1, 7), (2, 7), (0, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_row_times_a_matrix_is_torchs(shape, dtype, bias):
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(5, 7, dtype=dtype, requires_grad=True)
+    offset = torch.randn(5, dtype=dtype, requires_grad=True) if bias else None
+    expected = torch.nn.functional.linear(x, weight, offset).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, offset), expected)
+        torch.testing.assert_close(linear(x.unsqueeze(-1).mT.squeeze(-2), weight, offset), expected)
+    assert linear(x, weight, offset).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight, offset).dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.export itself
+@torch.no_grad()
+def test_one_token_can_be_exported():
+    model, tokens = build(LAYOUTS[0]), draw_tokens(1, 1)
+    program = torch.export.export(model, (tokens,))
+    torch.testing.assert_close(program.module()(tokens), model(tokens), rtol=0, atol=1e-12)
+    assert "linear" in str(program.graph)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,6 @@
 """The Transformer against torch.nn.Transformer, against literal loops, against table 3 of its paper, and its invariances."""
 
+import itertools
 import math
 import warnings
 from dataclasses import replace
@@ -10,8 +11,17 @@ from conftest import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmodel_utils import models
-from bigmodel_utils.models.transformer import Attention, Transformer, TransformerConfig, sinusoidal_positions
+from bigmodel_utils import models, predict
+from bigmodel_utils.models.transformer import (
+    Attention,
+    Conditioned,
+    DecoderCache,
+    Transformer,
+    TransformerConfig,
+    attend,
+    cross_attention,
+    sinusoidal_positions,
+)
 
 TINY = TransformerConfig(n_layers=2, n_heads=3, d_model=15, d_ff=7, vocab_size=11, dropout=0.0)
 AS_TORCH = {"attention_bias": True, "final_norm": True}
@@ -284,6 +294,96 @@ def test_one_token_at_a_time_equals_all_at_once(seed, T):
     memory, at_once = model.encode(source, mask), model(source, target, mask)
     for t in range(T):
         assert_equal(model.decode(target[:, : t + 1], memory, mask)[:, -1], at_once[:, t], f"the token at {t}")
+
+
+@FEW
+@given(SEEDS, st.integers(1, 7), st.booleans(), st.booleans())
+def test_cached_decoding_equals_uncached(seed, T, masked, norm_first):
+    """In steps of any length, and the cache knows how much it holds."""
+    torch.manual_seed(seed)
+    model = build(replace(TINY, norm_first=norm_first), seed)
+    source, target = torch.randint(11, (2, 5)), torch.randint(11, (2, T))
+    mask = random_mask(2, 5) if masked else None
+    memory, cache, first, parts = model.encode(source, mask), DecoderCache(TINY.n_layers, T), 0, []
+    while first < T:
+        step = 1 + int(torch.randint(T - first, ()))
+        with torch.no_grad():
+            parts.append(model.decode(target[:, first : first + step], memory, mask, cache=cache))
+        first += step
+        assert cache.length == first
+    assert_equal(torch.cat(parts, dim=1), model.decode(target, memory, mask), "cached logits")
+
+
+@pytest.mark.parametrize("n_beams", [1, 3])
+def test_a_conditioned_model_generates_as_the_whole_model_does(n_beams):
+    """With and without the cache; greedy choices are those of a loop over `forward`."""
+    model = build(TINY)
+    source, mask, start = torch.randint(11, (3, 6)), random_mask(3, 6), torch.full((3, 1), 2)
+    reader = Conditioned(model, source, mask)
+    texts, scores = predict.beam_search(reader, start, 5, n_beams)
+    again, same_scores = predict.beam_search(reader, start, 5, n_beams, use_cache=False)
+    assert torch.equal(texts, again)
+    assert_equal(scores, same_scores, "scores with a cache")
+    text = start
+    for _ in range(5):
+        text = torch.cat([text, model(source, text, mask)[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(predict.generate(reader, start, 5, temperature=0), text)
+    if n_beams == 1:
+        assert torch.equal(texts[:, 0], text)
+
+
+def test_beams_of_several_sources_do_not_mix():
+    model = build(TINY)
+    sources, masks, start = torch.randint(11, (4, 5)), random_mask(4, 5), torch.full((4, 1), 2)
+    together, scores = predict.beam_search(Conditioned(model, sources, masks), start, 4, 3)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone, score = predict.beam_search(Conditioned(model, sources[one], masks[one]), start[one], 4, 3)
+        assert torch.equal(together[one], alone)
+        assert_equal(scores[one], score, "the scores of one source")
+
+
+def test_full_width_beam_is_exhaustive():
+    """Of all translations of a tiny vocabulary, with an end that may come early."""
+    model = build(replace(TINY, vocab_size=4), 3)
+    source, start, END = torch.tensor([[3, 0, 1]]), torch.tensor([[2]]), 3
+    texts, scores = predict.beam_search(Conditioned(model, source), start, 3, 4**3, end_token=END)
+    log_p = {}
+    for tokens in itertools.product(range(4), repeat=3):
+        ended = tokens.index(END) + 1 if END in tokens else 3
+        if any(token != END for token in tokens[ended:]):
+            continue  # the same translation, filled up otherwise
+        row = torch.tensor([[2, *tokens]])
+        steps = model(source, row[:, :-1]).log_softmax(dim=-1).gather(2, row[:, 1:, None])[0, :ended]
+        log_p[tokens] = steps.sum().item()
+    ranked = sorted(log_p.items(), key=lambda item: -item[1])
+    assert texts.shape[1] == len(ranked)
+    assert tuple(texts[0, 0, 1:].tolist()) == ranked[0][0]
+    assert scores[0].tolist() == pytest.approx([score for _, score in ranked], abs=1e-5)
+
+
+def test_cross_attention_is_what_the_decoder_uses():
+    """Rows are distributions without padding, and rebuilding the last layer's output from them gives the same logits."""
+    model = build(replace(TINY, n_layers=1, norm_first=True))
+    source, target, mask = torch.randint(11, (2, 5)), torch.randint(11, (2, 4)), random_mask(2, 5)
+    weights = cross_attention(model, source, target, mask)
+    assert weights.shape == (1, 2, TINY.n_heads, 4, 5)
+    assert_equal(weights.sum(dim=-1), torch.ones(1, 2, TINY.n_heads, 4, dtype=torch.float64), "the sums")
+    assert (weights.masked_select(~mask[None, :, None, None, :].expand_as(weights)) == 0).all()
+    layer, memory = model.decoder[0], model.encode(source, mask)
+    expected = model.decode(target, memory, mask)
+    _, values = layer.cross_attention.keys_and_values(memory)
+    layer.cross_attention.ask = lambda *_: layer.cross_attention.output((weights[0] @ values).transpose(1, 2).flatten(2))
+    assert_equal(model.decode(target, memory, mask), expected, "the logits")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_is_near_the_exact_one(masked):
+    """The products written out, which replace the fused kernel there."""
+    q, k, v = torch.randn(3, 2, 3, 5, 8)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
+    exact = attend(q.double(), k.double(), v.double(), mask)
+    assert (attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask).double() - exact).abs().max() < 0.05
 
 
 # Positions

@@ -1,7 +1,9 @@
 """Our optimisers and schedules against torch's."""
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,7 +124,103 @@ def test_bad_own_settings_are_refused(make, options, message):
         make([torch.zeros(1, requires_grad=True)], **options)
 
 
-@pytest.mark.parametrize("make", [optim.Momentum, optim.AdamW])
+def tiny_gpt(seed: int = 0) -> models.GPT:
+    torch.manual_seed(seed)
+    return models.GPT(models.GPTConfig.modern(vocab_size=7, context_length=5, n_layers=2, n_heads=2, d_model=8, qk_norm=True))
+
+
+def train_gpt(model, optimizers, n_steps, first_seed=0):
+    """Steps of next-token prediction on random tokens, by one optimizer or several; (a function so that calls compare)."""
+    for step in range(n_steps):
+        tokens = torch.randint(7, (4, 6), generator=torch.Generator().manual_seed(first_seed + step))
+        loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def assert_same_weights(ours, theirs):
+    for (name, w), other in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.equal(w, other), name
+
+
+def test_muon_is_torchs_muon_and_adamw():
+    ours, theirs = tiny_gpt(), tiny_gpt()
+    options = {"weight_decay": 0.1}
+    train_gpt(ours, [optim.Muon(*optim.split_matrices(ours), lr=0.03, adamw_lr=2e-3, **options)], N_STEPS)
+    matrices = [w for name, w in theirs.named_parameters() if name.startswith("blocks") and w.ndim == 2]
+    others = [w for name, w in theirs.named_parameters() if not (name.startswith("blocks") and w.ndim == 2)]
+    muon = torch.optim.Muon(matrices, lr=0.03, momentum=0.95, **options)
+    train_gpt(theirs, [muon, torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), fused=True, **options)], N_STEPS)
+    assert_same_weights(ours, theirs)
+
+
+def test_muon_moves_matrices_by_orthogonal_ones():
+    """The update's singular vectors are the gradient's, and its singular values near 1 (the source says 0.7 to 1.2)."""
+    wide, tall, vector = (torch.randn(*shape, requires_grad=True) for shape in [(6, 20), (20, 6), (5,)])
+    before = [w.detach().clone() for w in (wide, tall)]
+    for w in (wide, tall, vector):
+        w.grad = torch.randn(w.shape)
+    optim.Muon([wide, tall], [vector], lr=1.0).step()
+    for w, old, factor in zip((wide, tall), before, (1.0, math.sqrt(20 / 6))):
+        u, s, vh = torch.linalg.svd(w.grad, full_matrices=False)
+        update = u.T @ (old - w.detach()) @ vh.T / factor  # diagonal, were bfloat16 exact
+        assert ((update.diagonal() > 0.6) & (update.diagonal() < 1.3)).all(), update.diagonal()
+        assert (update - update.diagonal().diag()).abs().max() < 0.1
+
+
+def test_muon_goes_on_from_its_state_dict_with_its_schedule():
+    def start():
+        model = tiny_gpt()
+        optimizer = optim.Muon(*optim.split_matrices(model))
+        return model, optimizer, lr_scheduler.LambdaLR(optimizer, optim.trapezoid(4, 2, 2))
+
+    model, optimizer, scheduler = start()
+    seen = []
+    for step in range(4):
+        train_gpt(model, [optimizer, scheduler], 1, step)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    assert seen == [[0.02, 3e-3], [0.02, 3e-3], [0.01, 1.5e-3], [0.0, 0.0]]
+    whole = model
+    model, optimizer, scheduler = start()
+    train_gpt(model, [optimizer, scheduler], 2)
+    state, weights = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict())), model.state_dict()
+    model, optimizer, scheduler = start()
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state[0])
+    scheduler.load_state_dict(state[1])
+    for step in (2, 3):
+        train_gpt(model, [optimizer, scheduler], 1, step)
+    assert_same_weights(model, whole)
+
+
+def test_split_matrices_parts_every_model_once():
+    for model in (tiny_gpt(), models.Transformer(models.TransformerConfig(1, 2, 8, 8, vocab_size=9))):
+        matrices, others = optim.split_matrices(model)
+        names = {id(w): name for name, w in model.named_parameters()}
+        assert sorted(names) == sorted(map(id, [*matrices, *others])) and all(w.ndim == 2 for w in matrices)
+        outside = {names[id(w)] for w in others if w.ndim == 2}
+        assert not any(name.startswith(("blocks", "encoder", "decoder")) for name in outside) and outside
+    with pytest.raises(ValueError, match="MLP has no linear map"):
+        optim.split_matrices(models.MLP(models.MLPConfig((3, 4, 1))))
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"adamw_lr": math.nan}, {"momentum": 1.0}, {"betas": (0.9, 1.0)}])
+def test_bad_settings_of_muon_are_refused(options):
+    with pytest.raises(ValueError, match="beta2" if "betas" in options else next(iter(options))):
+        optim.Muon(*optim.split_matrices(tiny_gpt()), **options)
+
+
+def make_muon(parameters, lr):
+    """A middle layer's matrix by Muon, the rest by AdamW."""
+    matrices, others = [], []
+    for w in parameters:
+        (matrices if w.shape == (4, 4) else others).append(w)
+    return optim.Muon(matrices, others, lr, lr)
+
+
+@pytest.mark.parametrize("make", [optim.Momentum, optim.AdamW, make_muon])
 def test_training_goes_on_from_a_checkpoint(tmp_path, make):
     """`train.fit`, LambdaLR and checkpoints take ours: four epochs equal two, a checkpoint and two."""
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
@@ -130,7 +228,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, make):
 
     def start():
         torch.manual_seed(1)
-        model = models.MLP(models.MLPConfig((3, 4, 1)))
+        model = models.MLP(models.MLPConfig((3, 4, 4, 1)))
         return model, make(model.parameters(), lr=0.01)
 
     def fit(model, optimizer, n_epochs):
@@ -193,6 +291,18 @@ def test_warmup_equals_torch(warmup_steps, max_steps):
     assert optim.warmup(warmup_steps)(warmup_steps + 5) == 1.0
 
 
+@few
+@given(max_steps=st.integers(1, 40), data=st.data())
+def test_trapezoid_is_a_trapezoid(max_steps, data):
+    warmup_steps = data.draw(st.integers(1, max_steps))
+    decay_steps = data.draw(st.integers(1, max_steps - warmup_steps + 1))
+
+    schedule = optim.trapezoid(max_steps, warmup_steps, decay_steps)
+    corners = [-1, warmup_steps - 1, max_steps - decay_steps, max_steps]
+    expected = np.interp(range(max_steps + 5), corners, [0, 1, 1, 0])
+    assert [schedule(step) for step in range(max_steps + 5)] == pytest.approx(expected, abs=1e-12)
+
+
 def test_inverse_time_makes_sgd_the_running_mean():
     samples = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     w = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -214,6 +324,8 @@ def test_inverse_time_makes_sgd_the_running_mean():
         lambda: optim.cosine(0),
         lambda: optim.cosine(5, -0.1),
         lambda: optim.warmup(0),
+        lambda: optim.trapezoid(9, 0, 3),
+        lambda: optim.trapezoid(9, 4, 7),
     ],
 )
 def test_bad_schedules_are_refused(make):

@@ -103,3 +103,68 @@ def test_batches_are_padded():
 def test_vocabulary_needs_room():
     with pytest.raises(ValueError, match="special"):
         text.Vocabulary([["a"]], 4)
+
+
+def test_numbered_pairs_are_the_aligned_verses_and_leave_out_what_is_numbered_otherwise():
+    pairs = text.numbered_pairs()
+    assert list(pairs.values()) == text.aligned_verses()
+    assert pairs[1001001] == (text.load_verses("kjv")[1001001], text.load_verses("bbe")[1001001])
+    assert not {number // 1000 for number in pairs} & set(text.RENUMBERED)
+
+
+def test_books_stay_together():
+    numbers = [1001001, 1001002, 7001001, 43001001]
+    parts = text.split_by_book(numbers, {"validation": [7], "test": [43, 44]})
+    assert parts == {"train": [1001001, 1001002], "validation": [7001001], "test": [43001001]}
+    with pytest.raises(ValueError, match="one part"):
+        text.split_by_book(numbers, {"validation": [7], "test": [7, 43]})
+    with pytest.raises(ValueError, match="no verses in test"):
+        text.split_by_book(numbers, {"test": [67]})
+
+
+VERSES = [
+    "And Ehud went in to the king , and said to Eglon , Let the king live .",
+    "They let Ehud go to Beth - el ; and Simon Peter and mark saw the mark of it , and they let it be .",
+    "Let it be , said Mark to Ehud . O king , I will go to Eglon .",
+    "Ehud - - they let him live - - went to Eglon .",
+]
+
+
+def test_names_are_capitals_that_no_sentence_explains():
+    """Let begins a sentence or a speech, and stands small elsewhere; I and O are always capitals."""
+    names = text.find_names(verse.split() for verse in VERSES)
+    assert {"ehud", "eglon", "beth", "simon", "peter"} <= names
+    assert not {"and", "let", "i", "o", "king", "they"} & names
+
+
+@pytest.mark.parametrize(
+    ("verse", "expected"),
+    [
+        (0, {"Ehud": "B", "Eglon": "B"}),
+        (1, {"Ehud": "B", "Beth": "B", "-": "I", "el": "I", "Simon": "B", "Peter": "I"}),
+        (2, {"Mark": "B", "Ehud": "B", "Eglon": "B"}),
+        (3, {"Ehud": "B", "Eglon": "B"}),
+    ],
+)
+def test_labels_of_names(verse, expected):
+    words = VERSES[verse].split()
+    labels = text.name_labels(words, text.find_names(verse.split() for verse in VERSES))
+    assert {word: label[0] for word, label in zip(words, labels) if label != "O"} == expected
+
+
+def test_names_of_the_printed_text():
+    """Read by eye: three verses of held-out books."""
+    verses = {number: text.words(verse) for number, verse in text.load_verses("bbe").items()}
+    names = text.find_names(verses.values())
+
+    def found(number: int) -> list[str]:
+        labels = text.name_labels(verses[number], names)
+        marked = "".join(
+            (" |" if label[0] == "B" else " ") + word for word, label in zip(verses[number], labels) if label != "O"
+        )
+        return [name.strip() for name in marked.split("|")[1:]]
+
+    assert found(7008033) == ["Gideon", "Israel", "Canaan", "Lord", "Baal - berith"]
+    assert found(43020002) == ["Simon Peter", "Jesus", "Lord"]
+    assert found(43012022) == ["Philip", "Andrew", "Andrew", "Philip", "Jesus"]
+    assert found(43010020) == []

@@ -66,6 +66,7 @@ class BERTConfig:
     pooler: bool = True  # tanh(W x + b) of the first position, which stands for the whole row
     masked_lm: bool = False  # logits of the token that a [MASK] hides; its output matrix is the token embedding
     next_sentence: bool = False  # logits of two classes, from the pooler: B follows A, B does not
+    n_row_labels: int = 0  # classes of a label for the row, such as sentiment, from the pooler or, without, the mean vector
     n_token_labels: int = 0  # classes of a label for every token, such as named entities; 0: no such head
 
     def __post_init__(self):
@@ -78,8 +79,9 @@ class BERTConfig:
             raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps is a small positive number, got {self.norm_eps}")
-        if self.n_token_labels < 0:
-            raise ValueError(f"n_token_labels is 0 or more, got {self.n_token_labels}")
+        for name in ("n_row_labels", "n_token_labels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is 0 or more, got {getattr(self, name)}")
         if self.next_sentence and not self.pooler:
             raise ValueError("next_sentence reads the pooler's output: set pooler=True")
 
@@ -101,7 +103,7 @@ class BERTConfig:
         embeddings = (self.vocab_size + self.context_length + self.n_segments) * C + norm
         layer = 4 * square + norm + (C + 1) * self.d_ff + (self.d_ff + 1) * C + norm
         heads = self.pooler * square + self.masked_lm * (square + norm + self.vocab_size)
-        heads += self.next_sentence * 2 * (C + 1) + self.n_token_labels * (C + 1)
+        heads += (2 * self.next_sentence + self.n_row_labels + self.n_token_labels) * (C + 1)
         return embeddings + self.n_layers * layer + heads
 
 
@@ -112,6 +114,7 @@ class BERTOutput(NamedTuple):
     pooled: Tensor | None  # (B, C), one vector a row
     masked_lm_logits: Tensor | None  # (B, T, vocab_size)
     next_sentence_logits: Tensor | None  # (B, 2): class 0 is "B follows A"
+    row_logits: Tensor | None  # (B, n_row_labels)
     token_logits: Tensor | None  # (B, T, n_token_labels)
 
 
@@ -162,6 +165,7 @@ class BERT(nn.Module):
         self.pooler = nn.Linear(C, C) if config.pooler else None
         self.masked_lm = MaskedLMHead(config) if config.masked_lm else None
         self.next_sentence = nn.Linear(C, 2) if config.next_sentence else None
+        self.row_classifier = nn.Linear(C, config.n_row_labels) if config.n_row_labels else None
         self.token_classifier = nn.Linear(C, config.n_token_labels) if config.n_token_labels else None
         self.initialize()
 
@@ -184,30 +188,45 @@ class BERT(nn.Module):
         Raises:
             ValueError: for rows that are empty or longer than the context, or segments or a mask of another shape or type.
         """
+        x = self.embed(tokens, segments)
+        return self.run_heads(self.run_layers(x, mask), mask)
+
+    def embed(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        """The sum of three vectors for each token, normalised: (B, T) -> (B, T, C); arguments and errors as in `forward`."""
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.config.context_length:
             raise ValueError(f"expected tokens (B, T) with T from 1 to {self.config.context_length}, got {tuple(tokens.shape)}")
-        B, T = tokens.shape
         segments = torch.zeros_like(tokens) if segments is None else segments
         if segments.shape != tokens.shape:
-            raise ValueError(f"expected segments of the tokens' shape {(B, T)}, got {tuple(segments.shape)}")
-        mask = key_mask(mask, B, T)  # (B, 1, 1, T)
-        x = self.tokens(tokens) + self.positions.weight[:T] + self.segments(segments)  # (B, T, C)
-        x = self.dropout(self.norm(x))
-        for layer in self.layers:
+            raise ValueError(f"expected segments of the tokens' shape {tuple(tokens.shape)}, got {tuple(segments.shape)}")
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]] + self.segments(segments)  # (B, T, C)
+        return self.dropout(self.norm(x))
+
+    def run_layers(self, x: Tensor, mask: Tensor | None = None, first: int = 0, last: int | None = None) -> Tensor:
+        """The layers from `first` up to, not including, `last` (None: all): (B, T, C) -> (B, T, C); `mask` as in `forward`."""
+        mask = key_mask(mask, *x.shape[:2])  # (B, 1, 1, T)
+        for layer in self.layers[first:last]:
             x = layer(x, mask)
+        return x
+
+    def run_heads(self, x: Tensor, mask: Tensor | None = None) -> BERTOutput:
+        """What the heads make of the last layer's (B, T, C); `mask` as in `forward`."""
         pooled = None if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))  # (B, C)
+        row_logits = None
+        if self.row_classifier is not None:
+            row_logits = self.row_classifier(self.dropout(mean_vector(x, mask) if pooled is None else pooled))
         return BERTOutput(
             hidden=x,
             pooled=pooled,
             masked_lm_logits=None if self.masked_lm is None else self.masked_lm(x, self.tokens.weight),
             next_sentence_logits=None if self.next_sentence is None else self.next_sentence(pooled),
+            row_logits=row_logits,
             token_logits=None if self.token_classifier is None else self.token_classifier(self.dropout(x)),
         )
 
     def translate_reference(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Entries of transformers' BertModel, BertForMaskedLM, BertForPreTraining or BertForTokenClassification, our names.
+        """Entries of transformers' BertModel or of its BertFor... models with our heads, under our names.
 
-        Left out: position ids (they count from 0), and the masked LM's output matrix and second bias where they repeat the
+        A "classifier" is the token labels' where this model has them, else the row label's. Left out: position ids (they count from 0), and the masked LM's output matrix and second bias where they repeat the
         token embedding and the first. Old files' gamma and beta are a LayerNorm's weight and bias.
         """
         plain = {name.removeprefix("bert."): value for name, value in state_dict.items()}
@@ -221,8 +240,19 @@ class BERT(nn.Module):
             original = repeated.get(name)
             if name == "embeddings.position_ids" or (original is not None and torch.equal(value, original)):
                 continue
-            translated[our_name(name) or full_name] = value
+            ours = our_name(name) or full_name
+            if ours.startswith("token_classifier.") and self.token_classifier is None:
+                ours = f"row_{ours.removeprefix('token_')}"
+            translated[ours] = value
         return translated
+
+
+def mean_vector(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of the real tokens' vectors: (B, T, C) -> (B, C); mask (B, T) bool, True where a token is real."""
+    if mask is None:
+        return x.mean(dim=1)
+    weight = mask[..., None].to(x.dtype)  # (B, T, 1)
+    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def our_name(name: str) -> str | None:
