@@ -526,17 +526,30 @@ def generate(
     model.eval()
     try:
         cache = model.new_cache(text.shape[-1]) if use_cache else None
-        for length in range(tokens.shape[-1], text.shape[-1]):
-            logits = _next_logits(model, text[..., :length], cache)
-            if temperature == 0:
-                text[:, length] = logits.argmax(dim=-1)
-                continue
-            probabilities = token_probabilities(logits, temperature, top_k, top_p)
-            drawn_on = device if generator is None else generator.device
-            text[:, length] = torch.multinomial(probabilities.to(drawn_on), 1, generator=generator)[:, 0]
+        with _numpy_threads(torch.get_num_threads()):
+            for length in range(tokens.shape[-1], text.shape[-1]):
+                logits = _next_logits(model, text[..., :length], cache)
+                if temperature == 0:
+                    text[:, length] = logits.argmax(dim=-1)
+                    continue
+                probabilities = token_probabilities(logits, temperature, top_k, top_p)
+                drawn_on = device if generator is None else generator.device
+                text[:, length] = torch.multinomial(probabilities.to(drawn_on), 1, generator=generator)[:, 0]
     finally:
         model.train(was_training)
     return text.to(tokens.device)
+
+
+def _numpy_threads(n_threads: int) -> contextlib.AbstractContextManager:
+    """Inside it NumPy's matrix products, which a single token's are (`models.gpt.linear`), use that many threads."""
+    return _numpy_libraries().limit(limits=n_threads, user_api="blas")
+
+
+@functools.cache
+def _numpy_libraries():
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 @torch.no_grad()

@@ -91,6 +91,18 @@ class GPTConfig:
         layout = {"position": "rotary", "norm": "rms", "feed_forward": "swiglu", "bias": False, "tied": False}
         return cls(**(layout | changes))
 
+    @classmethod
+    def fast(cls, **changes) -> GPTConfig:
+        """A layout that learns from fewer tokens: rotary, RMSNorm, squared ReLU, normalised queries and keys, no biases.
+
+        With GPT-2's smallest sizes where `changes` has none. `optim.Muon` and `optim.trapezoid` go with it; what each part
+        is worth on this course's text, `benchmarks/recipe.py` measures.
+
+        Source: Jordan et al. 2024, https://github.com/KellerJordan/modded-nanogpt; each part's own in this file's beginning.
+        """
+        layout = {"position": "rotary", "norm": "rms", "feed_forward": "relu2", "qk_norm": True, "bias": False}
+        return cls(**(layout | changes))
+
     @property
     def d_head(self) -> int:
         """Numbers in one head's query, key or value."""
@@ -161,8 +173,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is_traced = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if x.numel() != weight.shape[1] or not is_plain or is_traced:
         return F.linear(x, weight, bias)
-    y = torch.from_numpy(weight.numpy() @ x.flatten().numpy())
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+    y = torch.from_numpy(x.numpy() @ weight.numpy().T)
+    return y if bias is None else y.add_(bias)
 
 
 class Linear(nn.Linear):
