@@ -60,7 +60,9 @@ badges: $(READY) ## write the course's public address (pyproject.toml) into note
 wheel: $(READY) ## build dist/bigmodel_utils-*.whl, to upload to Colab by hand
 	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-bench: $(READY) ## time the report: cold, with nothing changed, after an edit of prose
+bench: $(READY) ## speed beside others' programs, saving beside training, and the report's own times (some 15 minutes)
+	@$(PY) benchmarks/speed.py
+	@$(PY) benchmarks/checkpoint_stall.py
 	@$(PY) benchmarks/report_times.py $(PROFILE)
 
 lab: $(READY) ## open the notebooks in JupyterLab
