@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ import recipe
 import torch
 from torch import Tensor, nn
 
-from bigmodel_utils import data, device, models, optim, predict, tokens, train
+from bigmodel_utils import data, device, language, models, optim, predict, tokens, train
 from bigmodel_utils.models import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -180,14 +181,14 @@ def mlp_to_loss() -> Iterator[Row]:
 
 def token_batches(config: GPTConfig, batch_size: int, n_batches: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of the text's bytes."""
-    stream = tokens.TokenBatches(recipe.load_bytes()[0], config.context_length, batch_size)
+    stream = tokens.TokenBatches(recipe.load_bytes("train"), config.context_length, batch_size)
     return [stream[step] for step in range(n_batches)]
 
 
 def fit_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, precision: str) -> float:
     """One pass of `train.fit`: the mean loss."""
     config = train.TrainConfig(n_epochs=1, precision=precision, progress=False)
-    return train.fit(model, batches, recipe.next_token_loss, config, optimizer=optimizer).train_loss[-1]
+    return train.fit(model, batches, language.cross_entropy, config, optimizer=optimizer).train_loss[-1]
 
 
 def gpt_row(config: GPTConfig, batch_size: int, goals: tuple[float, float], budget_s: float) -> Iterator[Row]:
@@ -211,6 +212,7 @@ def gpt_row(config: GPTConfig, batch_size: int, goals: tuple[float, float], budg
     for name, loss in losses.items():
         tolerance = LOSS_TOLERANCE if name == "ours" else 1e-4
         assert abs(loss - losses["our model, plain loop"]) < tolerance, f"the mean losses of {N_STEPS} steps differ: {losses}"
+    print(f"  mean loss of {N_STEPS} steps: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     few = batches[:2]
     seconds = device.fastest_s({name: functools.partial(run, few) for name, run in contenders.items()}, budget_s=budget_s)
     n_tokens = sum(x.numel() for x, _ in few)
@@ -236,6 +238,26 @@ def gpt_small() -> Iterator[Row]:
 def gpt() -> Iterator[Row]:
     """The size at which products of matrices are most of the work."""
     yield from gpt_row(MEDIUM, 8, (2.0, 1.6), budget_s=30)
+
+
+def compiled() -> Iterator[Row]:
+    """What `model.compile()` adds to `train.fit`, once the compiler is done."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        print("there is no C++ compiler (g++, or the one that CXX names): torch.compile is left out")
+        return
+    batches, calls = token_batches(SMALL, 12, 4), {}
+    for name in ("peer", "ours"):
+        torch.manual_seed(0)
+        model = GPT(SMALL)
+        if name == "ours":
+            model.compile()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        calls[name] = functools.partial(fit_steps, model, optimizer, batches, "bfloat16")
+    begin = time.perf_counter()
+    calls["ours"]()
+    print(f"  compiled in {time.perf_counter() - begin:.0f} s")
+    rates = (sum(x.numel() for x, _ in batches) / s for s in device.fastest_s(calls, budget_s=4).values())
+    yield Row("GPT 4x128, context 64, batch 12", "train.fit, bfloat16, fused AdamW", "the same, compiled", "tokens/s", *rates)
 
 
 def generation() -> Iterator[Row]:
@@ -331,6 +353,7 @@ ROWS = {
     "mlp-to-loss": mlp_to_loss,
     "gpt-small": gpt_small,
     "gpt": gpt,
+    "compiled": compiled,
     "generation": generation,
     "recipe": recipes,
     "optimizers": optimizers,

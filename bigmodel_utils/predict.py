@@ -13,13 +13,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from bigmodel_utils import device as devices
+
+if TYPE_CHECKING:
+    from scipy import stats  # takes longer to import than all else here
 
 Predictor = Callable[[Tensor], Tensor]  # features (m, d) -> predictions (m, k)
 
@@ -106,6 +109,8 @@ def coverage_law(n_calibration: int, n_test: int, alpha: float) -> stats.rv_disc
     Raises:
         ValueError: where the half-width would be infinite.
     """
+    from scipy import stats
+
     k = conformal_rank(n_calibration, alpha)
     if k > n_calibration:
         raise ValueError(f"{n_calibration} calibration rows cannot give a finite interval at alpha = {alpha}")

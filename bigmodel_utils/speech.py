@@ -208,8 +208,8 @@ RECORDINGS = Card(
     n_rows={"recordings": 568, "with words": 551},
     sha256={
         TRANSCRIPTS.name: "436538195b7c7361bd227036686f1a4039f694648c76573bdaca956655d34450",
-        "en_US_f_Allison": "dca3dba15cf9bd8f236f76d3425ddede456b98668baec7475d3f926941c1fee4",  # of all files, by name
-        "en_US_f_Allison/digits": "af91ce8edfe5e3bfe30fc5020650c1f71ed42547b562f71e9246377371a06725",  # of the number words
+        "all recordings, by name, joined": "dca3dba15cf9bd8f236f76d3425ddede456b98668baec7475d3f926941c1fee4",
+        "number words, joined": "af91ce8edfe5e3bfe30fc5020650c1f71ed42547b562f71e9246377371a06725",
     },
     flaws=(
         "one speaker in a studio: a score on her says nothing about other people, or about rooms and streets",
@@ -238,7 +238,7 @@ def load_recordings(sounds: Path = SOUNDS, transcripts: Path = TRANSCRIPTS) -> d
         )
     check_sha256(transcripts, RECORDINGS.sha256[transcripts.name])
     paths = sorted(sounds.rglob("*.wav"))
-    _check_together(paths, RECORDINGS.sha256[sounds.name])
+    _check_together(paths, "all recordings, by name, joined")
     lines = gzip.decompress(transcripts.read_bytes()).decode().splitlines()
     texts = dict(re.match(r"([^;:]+):(.*)", line).groups() for line in lines if re.match(r"[^;:]+:", line))
     found = {path.relative_to(sounds).with_suffix("").as_posix(): path for path in paths}
@@ -255,7 +255,7 @@ def load_number_words(sounds: Path = SOUNDS) -> dict[str, np.ndarray]:
     _require_recordings(sounds)
     names = [*range(20), *range(20, 100, 10), "hundred"]  # in the order of NUMBER_WORDS
     paths = [sounds / "digits" / f"{name}.wav" for name in names]
-    _check_together(paths, RECORDINGS.sha256[f"{sounds.name}/digits"])
+    _check_together(paths, "number words, joined")
     return {word: _read_wav(path) for word, path in zip(NUMBER_WORDS, paths)}
 
 
@@ -277,13 +277,14 @@ def _require_recordings(sounds: Path) -> None:
         )
 
 
-def _check_together(paths: Sequence[Path], expected: str) -> None:
-    """Refuse files whose contents, joined, have not this sha256."""
+def _check_together(paths: Sequence[Path], name: str) -> None:
+    """Refuse files whose contents, joined, have not the sha256 that the card gives under this name."""
     joined = hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()
+    expected = RECORDINGS.sha256[name]
     if joined != expected:
         raise DataError(
-            f"the recordings in {paths[0].parent} have sha256 {joined}, the card says {expected}: another version of "
-            "asterisk-core-sounds-en-wav than 1.6.1-1, or a damaged one; reinstall it"
+            f"{name}: sha256 {joined}, the card says {expected}: another version of asterisk-core-sounds-en-wav than 1.6.1-1, "
+            "or a damaged one; reinstall it"
         )
 
 

@@ -255,7 +255,10 @@ def test_badges_write_the_address_everywhere_and_take_it_out_again(course: Cours
     assert course.run("badges") == (0, "")
     for path in before:
         assert "colab.research.google.com/github/someone/course/blob/main/notebooks/" in path.read_text()
-    assert "bigmodel-utils @ git+https://github.com/someone/course" in (course.folder / "notebooks/03_first.ipynb").read_text()
+    assert (
+        "bigmodel-utils[data] @ git+https://github.com/someone/course"
+        in (course.folder / "notebooks/03_first.ipynb").read_text()
+    )
     settings.write_text(plain)
     assert course.run("badges") == (0, "")
     assert {path: path.read_bytes() for path in before} == before

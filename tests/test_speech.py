@@ -393,6 +393,11 @@ class TestRecordings:
         with pytest.raises(data.DataError, match="another version"):
             speech.load_number_words(copied)
 
+    def test_an_empty_folder_is_refused(self, tmp_path):
+        if speech.TRANSCRIPTS.is_file():
+            with pytest.raises(data.DataError, match="another version"):
+                speech.load_recordings(tmp_path)
+
     def test_missing_transcripts_are_explained(self, tmp_path):
         with pytest.raises(data.DataError, match="path-include"):
             speech.load_recordings(transcripts=tmp_path / "none.txt.gz")

@@ -169,7 +169,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     A single row on the CPU, such as a token being generated, goes to NumPy's library (OpenBLAS). All the work is then to
     read the weights, and torch's (MKL) reads them at a half to a third of the speed (measured on AMD's Zen 5).
     """
-    is_plain = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    is_plain = x.is_cpu and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     is_traced = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if x.numel() != weight.shape[1] or not is_plain or is_traced:
         return F.linear(x, weight, bias)
@@ -258,8 +258,8 @@ class Attention(nn.Module):
         d, d_head = config.d_model, config.d_head
         self.qkv = Linear(d, (config.n_heads + 2 * config.n_kv_heads) * d_head, bias=config.bias)
         self.out = Linear(d, d, bias=config.bias)
-        self.q_norm = RMSNorm(d_head, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(d_head, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d_head, eps=config.norm_eps), RMSNorm(d_head, eps=config.norm_eps)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C); `turn` holds the rotation of these positions."""
@@ -267,7 +267,8 @@ class Attention(nn.Module):
         config = self.config
         heads = self.qkv(x).view(B, T, -1, config.d_head).transpose(1, 2)  # (B, H + 2 H_kv, T, d_head)
         q, k, v = heads.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm gives float32
@@ -303,7 +304,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = make_norm(config, config.d_model), Attention(config, layer)
         self.norm2, self.feed_forward = make_norm(config, config.d_model), FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
