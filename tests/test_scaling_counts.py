@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigmodel_utils import checkpoint, scaling
 from bigmodel_utils.models import BERT, GPT, BERTConfig, GPTConfig, Transformer, TransformerConfig, count_parameters
-from bigmodel_utils.scaling import memory, shapes
+from bigmodel_utils.scaling import counts, memory, shapes
 
 SIZES = {"vocab_size": 60, "context_length": 16, "n_layers": 3, "n_heads": 4, "d_model": 32}
 LAYOUTS = {
@@ -274,7 +274,7 @@ def test_a_step_on_a_machine_with_only_one_limit(config):
     assert arithmetic == pytest.approx(scaling.train_flops(config, 2 * 16) / 7.0)
     traffic = scaling.training_step_s(config, 2, 16, flops_per_s=float("inf"), bytes_per_s=1.0)
     update = 7 * 4 * count_parameters(config)
-    products = sum(3 * often * scaling.product_bytes(*shape) for often, shape in memory.layer_products(config, 2, 16))
+    products = sum(3 * often * scaling.product_bytes(*shape) for _, often, shape in counts.layer_products(config, 2, 16))
     assert traffic == pytest.approx(products + update)
 
 

@@ -6,6 +6,7 @@ saves nothing in these counts: they are the products that the layers are defined
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 from bigmodel_utils.models import BERTConfig, GPTConfig, MLPConfig, TransformerConfig, count_parameters
@@ -124,15 +125,27 @@ def forward_parts(
         return _bert_parts(model, batch_size, length)
     if isinstance(model, TransformerConfig):
         return _translation_parts(model, batch_size, length, length if source_length is None else source_length)
-    s = shapes.as_shape(model)
-    rows, queries, keys = batch_size * length, s.n_heads * s.d_head, s.n_kv_heads * s.d_head
-    return {
-        "projections": s.n_layers
-        * (product_flops(rows, s.d_model, queries + 2 * keys) + product_flops(rows, queries, s.d_model)),
-        "scores": s.n_layers * 2 * product_flops(rows, queries, length),
-        "feed-forward": s.n_layers * (2 + s.gated) * product_flops(rows, s.d_model, s.d_ff),
-        "output": product_flops(rows, s.d_model, s.vocab_size),
-    }
+    parts: Counter[str] = Counter()
+    for part, often, sizes in layer_products(model, batch_size, length):
+        parts[part] += often * product_flops(*sizes)
+    return dict(parts)
+
+
+def layer_products(
+    model: GPTConfig | shapes.Shape | str, batch_size: int, length: int
+) -> list[tuple[str, int, tuple[int, int, int]]]:
+    """The matrix products of one forward pass: of which part, how often, and (m, k, n). Attention is one a head and sequence."""
+    s, rows = shapes.as_shape(model), batch_size * length
+    queries, keys, heads = s.n_heads * s.d_head, s.n_kv_heads * s.d_head, batch_size * s.n_heads
+    return [
+        ("projections", s.n_layers, (rows, s.d_model, queries + 2 * keys)),
+        ("projections", s.n_layers, (rows, queries, s.d_model)),
+        ("scores", s.n_layers * heads, (length, s.d_head, length)),
+        ("scores", s.n_layers * heads, (length, length, s.d_head)),
+        ("feed-forward", s.n_layers * (1 + s.gated), (rows, s.d_model, s.d_ff)),
+        ("feed-forward", s.n_layers, (rows, s.d_ff, s.d_model)),
+        ("output", 1, (rows, s.d_model, s.vocab_size)),
+    ]
 
 
 def backward_parts(model: GPTConfig | BERTConfig | TransformerConfig | shapes.Shape | str, *sizes, **options) -> dict[str, int]:

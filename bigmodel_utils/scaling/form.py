@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from bigmodel_utils.scaling import runs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def is_watched() -> bool:

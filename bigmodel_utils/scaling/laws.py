@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import optimize, stats
 
 Numbers = Sequence[float] | np.ndarray
 
@@ -443,6 +442,8 @@ def fit_power_law(x: Numbers, y: Numbers, level: float = 0.95) -> PowerLaw:
         raise ValueError("x and y are positive, finite and of one length")
     if len(np.unique(x)) < 3:
         raise ValueError(f"a power law with an interval needs 3 different x, got {len(np.unique(x))}")
+    from scipy import stats  # takes longer to import than all else here
+
     line = stats.linregress(np.log(x), np.log(y))
     reach = stats.t.ppf((1 + level) / 2, len(x) - 2)
     exponent = (line.slope - reach * line.stderr, line.slope + reach * line.stderr)
@@ -567,6 +568,8 @@ def fit_kaplan(n_params: Numbers, n_tokens: Numbers, loss: Numbers, delta: float
 
     Source: Kaplan et al. 2020, equation 1.5.
     """
+    from scipy import optimize
+
     log_n, log_d, log_loss = _check_runs(n_params, n_tokens, loss)
 
     def residuals(theta: np.ndarray) -> np.ndarray:  # theta: log N_c, log D_c, log alpha_N, log alpha_D
@@ -610,6 +613,8 @@ def fit_repetition(law: LawFit, n_params: Numbers, n_unique: Numbers, n_tokens: 
 
     A constant factor between the law and these runs is fitted too, so that only the shape over repetitions counts.
     """
+    from scipy import optimize
+
     log_loss = np.log(np.asarray(loss, dtype=float))
 
     def cost(log_r: float) -> float:

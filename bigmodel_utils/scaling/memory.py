@@ -217,21 +217,6 @@ def communication_bytes(
     }
 
 
-def layer_products(model: Model, batch_size: int, length: int) -> list[tuple[int, tuple[int, int, int]]]:
-    """The matrix products of one forward pass: how often, and (m, k, n). Attention is one for each head and sequence."""
-    s, rows = shapes.as_shape(model), batch_size * length
-    queries, keys, heads = s.n_heads * s.d_head, s.n_kv_heads * s.d_head, batch_size * s.n_heads
-    return [
-        (s.n_layers, (rows, s.d_model, queries + 2 * keys)),
-        (s.n_layers, (rows, queries, s.d_model)),
-        (s.n_layers * heads, (length, s.d_head, length)),
-        (s.n_layers * heads, (length, length, s.d_head)),
-        (s.n_layers * (1 + s.gated), (rows, s.d_model, s.d_ff)),
-        (s.n_layers, (rows, s.d_ff, s.d_model)),
-        (1, (rows, s.d_model, s.vocab_size)),
-    ]
-
-
 def training_step_s(
     model: Model, batch_size: int, length: int, flops_per_s: float, bytes_per_s: float, *, bytes_per_number: int = 4
 ) -> float:
@@ -247,7 +232,7 @@ def training_step_s(
         * counts.roofline_s(
             counts.product_flops(*shape), counts.product_bytes(*shape, bytes_per_number), flops_per_s, bytes_per_s
         )
-        for often, shape in layer_products(model, batch_size, length)
+        for _, often, shape in counts.layer_products(model, batch_size, length)
     )
     return products + 7 * 4 * shapes.as_shape(model).n_parameters / bytes_per_s
 

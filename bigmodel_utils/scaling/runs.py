@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from bigmodel_utils.scaling import communication, counts, laws, memory, shapes
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where a table is asked for: notebooks that only count do not wait for it
 
 FOLDER = Path(__file__).resolve().parent.parent
 COVERAGE = 0.8  # of the intervals: four times out of five
@@ -78,6 +80,8 @@ def accelerators() -> pd.DataFrame:
 
     NaN where no source was found. `link_bytes_per_s` is to the neighbours in the same machine or pod, both directions together.
     """
+    import pandas as pd
+
     return pd.read_csv(FOLDER / "accelerators.csv", dtype={"price_date": str}).set_index("accelerator")
 
 
@@ -115,6 +119,8 @@ def published_runs() -> pd.DataFrame:
     have done at their 16-bit peak in the published hours: the implied model FLOPs utilisation of the whole run, waiting,
     restarts and all, and NaN where no hours are published. `is_mixture` marks mixtures of experts.
     """
+    import pandas as pd
+
     table = pd.read_csv(FOLDER / "published_runs.csv")
     peak = table["accelerator"].map(accelerators()["peak_16bit_flops_per_s"])
     table["flops"] = 6 * table["active_parameters"].fillna(table["parameters"]) * table["tokens"]
@@ -156,9 +162,8 @@ def back_test(coverage: float = COVERAGE, *, by: str = "family") -> pd.DataFrame
         published) and `is_covered`.
     """
     table = published_runs().dropna(subset=["efficiency"]).copy()
-    peak = table["accelerator"].map(accelerators()["peak_16bit_flops_per_s"])
     others = [order_interval(table["efficiency"][table[by] != group], coverage) for group in table[by]]
-    at_peak = table["flops"] / peak / 3600
+    at_peak = table["accelerator_hours"] * table["efficiency"]  # hours that the run would have taken at its peak
     table["predicted_hours"] = at_peak / [interval.middle for interval in others]
     table["low_hours"] = at_peak / [interval.high for interval in others]
     table["high_hours"] = at_peak / [interval.low for interval in others]
@@ -234,6 +239,8 @@ class Estimate:
 
     def table(self) -> pd.DataFrame:
         """One row a quantity: low, middle, high."""
+        import pandas as pd
+
         rows = {
             "accelerator-hours": self.accelerator_hours,
             "days": self.days,
@@ -283,12 +290,11 @@ def estimate_run(
     device = accelerator(accelerator_name)
     if efficiency is None and precision in ("float8", "int8"):
         raise ValueError("the published runs give no efficiency for 8 bits: give your own, such as efficiency=(0.1, 0.25)")
-    efficiency = efficiency_interval() if efficiency is None else Interval.of(efficiency)
+    efficiency = _given(efficiency, efficiency_interval())
     flops = float(counts.train_flops(model, int(n_tokens)))
     hours = product(flops / peak_flops_per_s(accelerator_name, precision) / 3600, reciprocal(efficiency))
     energy = None if math.isnan(device.power_w) else product(hours, device.power_w / 1e3, host_power, pue)
-    if usd_per_hour is None and not math.isnan(device.usd_per_hour):
-        usd_per_hour = Interval(device.usd_per_hour_low, device.usd_per_hour, device.usd_per_hour_high)
+    usd_per_hour = _given(usd_per_hour, _price(device))
     used = None
     if layout is not None:
         n_accelerators = layout.n_devices
@@ -303,6 +309,17 @@ def estimate_run(
         usd=None if usd_per_hour is None else product(hours, usd_per_hour),
         memory=used,
     )
+
+
+def _given(value: Interval | tuple[float, float] | float | None, default: Interval | None) -> Interval | None:
+    return default if value is None else Interval.of(value)
+
+
+def _price(device: pd.Series) -> Interval | None:
+    """Dollars an hour of the table, or None where it has none."""
+    if math.isnan(device.usd_per_hour):
+        return None
+    return Interval(device.usd_per_hour_low, device.usd_per_hour, device.usd_per_hour_high)
 
 
 FILL = 0.9  # share of a device's memory that a plan fills: the rest is the library's, the allocator's, the buffers'
@@ -368,15 +385,13 @@ def plan(
     if (flops is None) == (usd is None):
         raise ValueError("give one budget: flops or usd")
     device = accelerator(accelerator_name)
-    efficiency = efficiency_interval() if efficiency is None else Interval.of(efficiency)
-    if usd_per_hour is None and usd is not None:
-        usd_per_hour = Interval(device.usd_per_hour_low, device.usd_per_hour, device.usd_per_hour_high)
-        if math.isnan(device.usd_per_hour):
-            raise ValueError(f"the table has no price of {accelerator_name}: give usd_per_hour")
+    efficiency, usd_per_hour = _given(efficiency, efficiency_interval()), _given(usd_per_hour, _price(device))
+    if usd is not None and usd_per_hour is None:
+        raise ValueError(f"the table has no price of {accelerator_name}: give usd_per_hour")
     budget = (
         Interval.of(float(flops))
         if flops
-        else product(usd * 3600 * peak_flops_per_s(accelerator_name), efficiency, reciprocal(Interval.of(usd_per_hour)))
+        else product(usd * 3600 * peak_flops_per_s(accelerator_name), efficiency, reciprocal(usd_per_hour))
     )
     sizes, tokens = (Interval(*column) for column in zip(*(laws.compute_optimal(value, law) for value in budget)))
     if tokens.middle > max_tokens:
