@@ -1,4 +1,4 @@
-"""Commands of the report: build, normalize, check, badges."""
+"""Commands of the report: build, verify, new, normalize, check, badges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from bigmodel_utils import results
 from bigmodel_utils.report import ReportError, bootstrap, chapters, execute, profiles, runner
 
 EXIT_CODES = (
-    "exit codes: 0 built; 1 a notebook or the rendering failed; 2 bad input; 3 built, but a claim fails; 130 interrupted"
+    "exit codes: 0 built; 1 a notebook or the rendering failed; 2 bad input; "
+    "3 built, but a claim fails (verify: differs); 130 interrupted"
 )
 
 
@@ -29,6 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument("--memory-gb", type=float, help="stop a notebook that holds more (nine tenths of what is free)")
     build.add_argument("--keep", type=int, default=4, help="how many earlier reports stay in history/ (4)")
     build.set_defaults(run=build_report)
+    rebuild = commands.add_parser(
+        "verify", help="build again from the recorded commit and compare the numbers", epilog=EXIT_CODES
+    )
+    rebuild.add_argument("--profile", default="small", help="whose report (small)")
+    rebuild.set_defaults(run=verify_report)
+    chapter = commands.add_parser("new", help="add a chapter from the template, such as 16_robots")
+    chapter.add_argument("name")
+    chapter.set_defaults(run=new_chapter)
     one = commands.add_parser("execute")  # the runner calls it, in a process of its own
     one.add_argument("notebook", type=Path)
     one.add_argument("work", type=Path)
@@ -110,6 +119,26 @@ def _render_key(course: list[chapters.Chapter], build: runner.Build) -> str:
     files += sorted(path for path in (folder / "report").rglob("*") if path.is_file())
     files += sorted((folder / "bigmodel_utils" / "report").glob("*.py")) + [folder / "bigmodel_utils" / "claims.py"]
     return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+
+
+def verify_report(options: argparse.Namespace) -> int:
+    """Rebuild a report elsewhere, and say what comes out differently."""
+    from bigmodel_utils.report import verify
+
+    notes, differences = verify.verify(runner.Build(chapters.folder() / "build" / options.profile))
+    for line in [*(f"note: {note}" for note in notes), *(f"DIFFERENT: {difference}" for difference in differences)]:
+        print(line)
+    print(f"{len(differences)} claims differ" if differences else "the rebuilt report agrees, every claim within its tolerance")
+    return 3 if differences else 0
+
+
+def new_chapter(options: argparse.Namespace) -> int:
+    """Add a chapter that passes every check."""
+    from bigmodel_utils.report import new
+
+    print("\n".join(str(path.relative_to(chapters.folder())) for path in new.create(options.name)))
+    print("Replace the template's text and code by yours; CONTRIBUTING.md says what every part is for.")
+    return 0
 
 
 def execute_one(options: argparse.Namespace) -> int:
