@@ -23,6 +23,7 @@ from bigmodel_utils import claims
 
 OUTPUT_VARIABLE = "BIGMODEL_OUTPUT"  # where a notebook writes; set by the report's runner
 UPSTREAM_VARIABLE = "BIGMODEL_UPSTREAM"  # where the results of earlier notebooks are; set by the report's runner
+EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
 VERSIONS_OF = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "matplotlib", "rdkit")
 
 
@@ -63,14 +64,14 @@ def save(values: Mapping[str, Any]) -> Path:
         "claims": [asdict(claim) for claim in claims.ledger],
         "provenance": {
             "parameters": run.parameters,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": now().isoformat(timespec="seconds"),
             **git_state(),
             "python": platform.python_version(),
             "versions": versions(),
             "hardware": hardware(),
             "device": run.device_name,
-            "seconds": run.seconds(),
-            "peak_memory_bytes": device.peak_memory_bytes(),
+            "seconds": None if is_reproducible() else run.seconds(),
+            "peak_memory_bytes": None if is_reproducible() else device.peak_memory_bytes(),
             "predicted": run.predicted,
         },
     }
@@ -155,6 +156,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file or nothing, as `replacing` does."""
     with replacing(path) as file:
         file.write(content)
+
+
+def is_reproducible() -> bool:
+    """Whether this run is asked to give the same bytes as another one of the same sources: no clock is read then."""
+    return EPOCH_VARIABLE in os.environ
+
+
+def now() -> datetime:
+    """The time, or the one that SOURCE_DATE_EPOCH declares (seconds since 1970, https://reproducible-builds.org/specs/source-date-epoch/)."""
+    return datetime.fromtimestamp(int(os.environ[EPOCH_VARIABLE]), UTC) if is_reproducible() else datetime.now(UTC)
 
 
 def git_state() -> dict[str, Any]:

@@ -12,29 +12,45 @@ local function target(id)
   return '#metadata("' .. id .. '") <' .. id .. '>'
 end
 
+local function quoted(text)
+  return '"' .. text:gsub('["\\]', '\\%0'):gsub('%s+', ' ') .. '"'
+end
+
+-- Mathematics as Typst with its LaTeX as alternative text, which a screen reader reads and PDF/UA asks for.
+local function spoken(math)
+  local body = pandoc.write(pandoc.Pandoc({ pandoc.Plain({ math }) }), 'typst'):gsub('%s+$', '')
+  return '#[#set math.equation(alt: ' .. quoted(math.text) .. ');' .. body
+end
+
 -- $$ ... \tag{3.1} $$ becomes a numbered equation with the label eq-3-1.
 local function equation(math)
   local number = math.text:match('\\tag{([^}]*)}')
   local plain = math.text:gsub('%s*\\tag{[^}]*}', '')
-  local body = pandoc.write(pandoc.Pandoc({ pandoc.Para({ pandoc.Math('DisplayMath', plain) }) }), 'typst')
+  local body = spoken(pandoc.Math('DisplayMath', plain))
   if not number then
-    return typst(body)
+    return typst(body .. ']')
   end
   local id = 'eq-' .. number:gsub('%.', '-')
   targets[id] = true
-  return typst('#numbered("(' .. number .. ')")[' .. body .. ' <' .. id .. '>]')
+  return typst('#numbered("(' .. number .. ')")[' .. body .. ' <' .. id .. '>]]')
+end
+
+local function inline_math(math)
+  if math.mathtype == 'InlineMath' then
+    return pandoc.RawInline('typst', spoken(math) .. ']')
+  end
 end
 
 -- An image alone in its paragraph is a figure: its caption is what stands in the brackets, its alternative text an attribute.
 local function figure(image)
-  local body = pandoc.write(pandoc.Pandoc({ pandoc.Plain(image.caption) }), 'typst'):gsub('%s+$', '')
-  local alt = (image.attributes.alt or ''):gsub('["\\]', '\\%0')
+  local caption = pandoc.Plain(image.caption):walk({ Math = inline_math })
+  local body = pandoc.write(pandoc.Pandoc({ caption }), 'typst'):gsub('%s+$', '')
   local label = ''
   if image.identifier ~= '' then
     targets[image.identifier] = true
     label = ' <' .. image.identifier .. '>'
   end
-  return typst('#figure(image("' .. image.src .. '", alt: "' .. alt .. '"), caption: [' .. body .. '])' .. label)
+  return typst('#figure(image("' .. image.src .. '", alt: ' .. quoted(image.attributes.alt or '') .. '), caption: [' .. body .. '])' .. label)
 end
 
 local function paragraph(block)
@@ -143,6 +159,7 @@ end
 return {
   { RawBlock = html_block, RawInline = html_inline },
   { Para = paragraph, Table = sized_table },
+  { Math = inline_math },
   {
     Header = function(header) collect(header.identifier) end,
     Span = function(span) collect(span.identifier) end,

@@ -1,4 +1,4 @@
-"""Commands of the report: build, normalize, check, badges."""
+"""Commands of the report: build, verify, new, normalize, check, badges."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from bigmodel_utils import results
-from bigmodel_utils.report import ReportError, bootstrap, chapters, profiles, runner
+from bigmodel_utils.report import ReportError, bootstrap, chapters, execute, profiles, runner
 
 EXIT_CODES = (
-    "exit codes: 0 built; 1 a notebook or the rendering failed; 2 bad input; 3 built, but a claim fails; 130 interrupted"
+    "exit codes: 0 built; 1 a notebook or the rendering failed; 2 bad input; "
+    "3 built, but a claim fails (verify: differs); 130 interrupted"
 )
 
 
@@ -26,11 +27,22 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument("--profile", default="small", help="a file of report/profiles, without .yaml (small)")
     build.add_argument("--jobs", type=int, default=jobs_from_make(), help="notebooks at a time (make's -j, or 1)")
     build.add_argument("--set", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE", help="change one parameter")
+    build.add_argument("--memory-gb", type=float, help="stop a notebook that holds more (nine tenths of what is free)")
+    build.add_argument("--keep", type=int, default=4, help="how many earlier reports stay in history/ (4)")
     build.set_defaults(run=build_report)
-    execute = commands.add_parser("execute")  # the runner calls it, in a process of its own
-    execute.add_argument("notebook", type=Path)
-    execute.add_argument("work", type=Path)
-    execute.set_defaults(run=execute_one)
+    rebuild = commands.add_parser(
+        "verify", help="build again from the recorded commit and compare the numbers", epilog=EXIT_CODES
+    )
+    rebuild.add_argument("--profile", default="small", help="whose report (small)")
+    rebuild.set_defaults(run=verify_report)
+    chapter = commands.add_parser("new", help="add a chapter from the template, such as 16_robots")
+    chapter.add_argument("name")
+    chapter.set_defaults(run=new_chapter)
+    one = commands.add_parser("execute")  # the runner calls it, in a process of its own
+    one.add_argument("notebook", type=Path)
+    one.add_argument("work", type=Path)
+    one.add_argument("--memory-bytes", type=float, default=float("inf"))
+    one.set_defaults(run=execute_one)
     for name, function, help in (
         ("normalize", normalize, "bring notebooks into the form in which they are committed"),
         ("check", check, "refuse notebooks that must not be committed"),
@@ -61,37 +73,42 @@ def build_report(options: argparse.Namespace) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    epoch = os.environ.get(results.EPOCH_VARIABLE, "0")
+    if not epoch.isdigit():
+        print(f"error: {results.EPOCH_VARIABLE} is {epoch!r}, not a number of seconds since 1970", file=sys.stderr)
+        return 2
     build = runner.Build(chapters.folder() / "build" / profile.name)
+    memory_limit_bytes = options.memory_gb and options.memory_gb * 1e9
     with runner.locked(build):
-        ran = runner.run_all(course, profile, build, max(1, options.jobs))
-        outcome = render(profile.name, course, build)
+        ran = runner.run_all(course, profile, build, max(1, options.jobs), memory_limit_bytes)
+        outcome = render(profile.name, course, build, options.keep)
     print(
         f"{len(ran)} of {len(course)} notebooks ran; {outcome['rendered']}: {build.folder}/html/index.html, {build.folder}/report.pdf"
     )
+    for change in outcome["changed"]:
+        print(change)
     for failure in outcome["failures"]:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 3 if outcome["failures"] else 0
 
 
-def render(profile: str, course: list[chapters.Chapter], build: runner.Build) -> dict:
-    """Render HTML and PDF where anything that they show changed."""
+def render(profile: str, course: list[chapters.Chapter], build: runner.Build, n_kept: int) -> dict:
+    """Render and publish where anything that the report shows changed."""
     stamp, key = build.folder / "rendered.json", _render_key(course, build)
-    site, document = build.folder / "html" / "index.html", build.folder / "report.pdf"
+    published = [build.folder / name for name in ("html/index.html", "report.pdf", "summary.json")]
     try:
         outcome = json.loads(stamp.read_text(encoding="utf-8"))
-        if outcome["key"] == key and site.is_file() and document.is_file():
-            return outcome | {"rendered": "nothing to render"}
+        if outcome["key"] == key and all(path.is_file() for path in published):
+            return outcome | {"rendered": "nothing to render", "changed": []}
     except (FileNotFoundError, ValueError, KeyError):
         pass
-    from bigmodel_utils.report import compose, html, pdf
+    from bigmodel_utils.report import compose, publish, summary
 
     report = compose.read(profile, course, build)
-    stamp.unlink(missing_ok=True)
-    html.build(report, build)
-    pdf.build(report, build)
-    outcome = {"key": key, "failures": report.failures()}
+    content = publish.publish(report, build, n_kept)
+    outcome = {"key": key, "failures": content["failures"]}
     results.write_atomically(stamp, json.dumps(outcome, indent=1, ensure_ascii=False).encode())
-    return outcome | {"rendered": "rendered"}
+    return outcome | {"rendered": "rendered", "changed": summary.lines(content["changes"])}
 
 
 def _render_key(course: list[chapters.Chapter], build: runner.Build) -> str:
@@ -104,10 +121,30 @@ def _render_key(course: list[chapters.Chapter], build: runner.Build) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
 
 
+def verify_report(options: argparse.Namespace) -> int:
+    """Rebuild a report elsewhere, and say what comes out differently."""
+    from bigmodel_utils.report import verify
+
+    notes, differences = verify.verify(runner.Build(chapters.folder() / "build" / options.profile))
+    for line in [*(f"note: {note}" for note in notes), *(f"DIFFERENT: {difference}" for difference in differences)]:
+        print(line)
+    print(f"{len(differences)} claims differ" if differences else "the rebuilt report agrees, every claim within its tolerance")
+    return 3 if differences else 0
+
+
+def new_chapter(options: argparse.Namespace) -> int:
+    """Add a chapter that passes every check."""
+    from bigmodel_utils.report import new
+
+    print("\n".join(str(path.relative_to(chapters.folder())) for path in new.create(options.name)))
+    print("Replace the template's text and code by yours; CONTRIBUTING.md says what every part is for.")
+    return 0
+
+
 def execute_one(options: argparse.Namespace) -> int:
     """Execute one notebook into its work folder."""
     profile = profiles.Profile(**json.loads((options.work / "profile.json").read_text()))
-    runner.execute(chapters.read(options.notebook), profile, options.work)
+    execute.execute(chapters.read(options.notebook), profile, options.work, options.memory_bytes)
     return 0
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bigmodel_utils import claims, results
-from bigmodel_utils.report import ReportError, chapters
+from bigmodel_utils.report import ReportError, chapters, figures
 from bigmodel_utils.report.chapters import Cell, Chapter, tags, text
 from bigmodel_utils.report.runner import Build
 
@@ -47,6 +48,11 @@ class Report:
     def claims(self) -> list[claims.Claim]:
         """Every claim of this build, in the order of the chapters."""
         return [claims.Claim(**claim) for page in self.pages for claim in page.record["claims"]]
+
+    @cached_property
+    def date(self) -> datetime:
+        """When the newest of its numbers was computed."""
+        return max(datetime.fromisoformat(page.record["provenance"]["date"]) for page in self.pages)
 
     def failures(self) -> list[str]:
         """What makes the build fail: failing claims, and prose that does not agree with them."""
@@ -132,7 +138,8 @@ def _page(chapter: Chapter, build: Build, targets: Targets) -> Page:
             )
         is_figure = bool(cell["metadata"].get("mystnb", {}).get("figure"))
         metadata = _numbered(cell["metadata"], next(numbers)) if is_figure else cell["metadata"]
-        cells.append(outcome | {"metadata": metadata})
+        source = f"notebooks/{chapter.path.name}#{cell['id']} at commit {record['provenance']['commit']}"
+        cells.append(outcome | {"metadata": metadata, "outputs": figures.mark(outcome["outputs"], source)})
         if "parameters" in tags(cell):
             cells += [extra | {"metadata": {}} for extra in injected]
     return Page(chapter, cells, record)
@@ -235,9 +242,9 @@ def _cost_row(page: Page) -> tuple[str, ...]:
     return (
         f"[{page.chapter.title}](#{page.label})",
         "none" if seconds is None else f"{seconds:.0f} s",
-        f"{provenance['seconds']:.0f} s",
+        "not kept" if provenance["seconds"] is None else f"{provenance['seconds']:.0f} s",
         "none" if memory is None else f"{memory / 1e9:.1f} GB",
-        f"{provenance['peak_memory_bytes'] / 1e9:.1f} GB",
+        "not kept" if provenance["seconds"] is None else f"{provenance['peak_memory_bytes'] / 1e9:.1f} GB",
     )
 
 

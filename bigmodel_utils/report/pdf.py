@@ -62,7 +62,9 @@ def build(report: Report, build: Build) -> Path:
         raise ReportError(f"pandoc does not accept the pages: {error}") from None
     source.write_text(content, encoding="utf-8")
     try:
-        target.with_suffix(".part").write_bytes(typst.compile(str(source), format="pdf"))
+        target.with_suffix(".part").write_bytes(
+            typst.compile(str(source), format="pdf", pdf_standards=["ua-1"], timestamp=int(report.date.timestamp()))
+        )
     except typst.TypstError as error:
         raise ReportError(f"Typst does not accept {source}: {error}") from None
     target.with_suffix(".part").replace(target)
@@ -81,17 +83,22 @@ def _parts(report: Report, figures: Path) -> list[str]:
 
 
 def _chapter(page: Page, figures: Path) -> str:
-    pieces = [_cell(cell, f"{page.chapter.name}-{position}", figures) for position, cell in enumerate(page.cells)]
+    pieces = [_cell(cell, figure_path(page, position, figures)) for position, cell in enumerate(page.cells)]
     heading, _, rest = pieces[0].partition("\n")
     return "\n\n".join([f"{heading} {{#{page.label}}}", rest, *pieces[1:]])
 
 
-def _cell(cell: Cell, name: str, figures: Path) -> str:
+def figure_path(page: Page, position: int, figures: Path) -> Path:
+    """The file of the figure that a page's cell draws."""
+    return figures / f"{page.chapter.name}-{position}.png"
+
+
+def _cell(cell: Cell, image: Path) -> str:
     if cell["cell_type"] == "markdown":
         return chapters.text(cell)
     pieces = [_fenced(chapters.text(cell), "python")]
     for output in cell["outputs"]:
-        pieces.append(_output(output, cell["metadata"].get("mystnb", {}), figures / f"{name}.png"))
+        pieces.append(_output(output, cell["metadata"].get("mystnb", {}), image))
     return "\n\n".join(piece for piece in pieces if piece)
 
 

@@ -16,9 +16,11 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from bigmodel_utils import results
@@ -58,26 +60,60 @@ class Build:
         return self.folder / ".work" / name
 
 
+BUILD_VARIABLE = "BIGMODEL_BUILD"  # marks a build and every process that it started
+
+
 @contextmanager
 def locked(build: Build) -> Iterator[None]:
-    """Hold the build folder against a second build of the same profile; waits for it to end."""
+    """Hold the build folder against a second build of the same profile; waits for it to end.
+
+    The lock is the operating system's, which frees it when its holder dies; what a killed holder had started is ended.
+    """
     from filelock import FileLock, Timeout
 
     build.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(build.folder / ".lock")
+    lock, holder = FileLock(build.folder / ".lock"), build.folder / ".holder.json"
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"another build is using {build.folder}; waiting for it to end (Ctrl-C gives up)", flush=True)
+        who = _read_json(holder) or {"process": "unknown", "started": "just now"}
+        print(
+            f"another build (process {who['process']}, started {who['started']}) is using {build.folder}; "
+            "waiting for it to end (Ctrl-C gives up)",
+            flush=True,
+        )
         lock.acquire()
     try:
+        if killed := _read_json(holder):
+            _end_processes_of(killed["build"])
+        os.environ[BUILD_VARIABLE] = uuid.uuid4().hex
+        who = {"process": os.getpid(), "started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "build": os.environ[BUILD_VARIABLE]}
+        results.write_atomically(holder, json.dumps(who).encode())
         yield
     finally:
+        holder.unlink(missing_ok=True)
         lock.release()
 
 
-def run_all(course: list[Chapter], profile: Profile, build: Build, n_jobs: int = 1) -> list[str]:
+def _end_processes_of(killed_build: str) -> None:
+    """Kill what a killed build left running (notebooks, Sphinx), before it writes into the next build's folders."""
+    import psutil
+
+    left = [process for process in psutil.process_iter(["environ"]) if process.pid != os.getpid()]
+    left = [process for process in left if (process.info["environ"] or {}).get(BUILD_VARIABLE) == killed_build]
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+def run_all(
+    course: list[Chapter], profile: Profile, build: Build, n_jobs: int = 1, memory_limit_bytes: float | None = None
+) -> list[str]:
     """Execute every notebook of the course that is out of date, up to `n_jobs` at a time, in the order of their needs.
+
+    Args:
+        memory_limit_bytes: for each notebook; by default nine tenths of what the machine has free when it begins.
 
     Returns:
         the names of the notebooks that ran.
@@ -103,7 +139,7 @@ def run_all(course: list[Chapter], profile: Profile, build: Build, n_jobs: int =
                     done.add(chapter.name)
                     continue
                 print(f"{chapter.name}: running", flush=True)
-                running[chapter.name] = (_begin(chapter, profile, build), key, time.monotonic())
+                running[chapter.name] = (_begin(chapter, profile, build, memory_limit_bytes), key, time.monotonic())
             for name, (process, key, started) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -161,11 +197,8 @@ def imported_modules(code: list[str]) -> set[Path]:
 
 def is_current(name: str, key: str, build: Build) -> bool:
     """Whether a whole run under that key is there and its files are as it left them; says so where they are damaged."""
-    try:
-        record = json.loads(build.record(name).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    if record["key"] != key:
+    record = _read_json(build.record(name))
+    if record is None or record["key"] != key:
         return False
     for path, expected in ((build.results(name), record["results_sha256"]), (build.notebook(name), record["notebook_sha256"])):
         if not path.is_file() or _file_hash(path) != expected:
@@ -174,44 +207,16 @@ def is_current(name: str, key: str, build: Build) -> bool:
     return True
 
 
-def execute(chapter: Chapter, profile: Profile, work: Path) -> None:
-    """Execute one notebook with papermill into `work`; on failure leave status.json there, which says what and where.
+def _begin(chapter: Chapter, profile: Profile, build: Build, memory_limit_bytes: float | None) -> subprocess.Popen:
+    import psutil
 
-    Raises:
-        SystemExit: with code 1, where a cell failed.
-    """
-    import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-
-    output, status = work / f"{chapter.name}.ipynb", {}
-    try:
-        papermill.execute_notebook(
-            str(chapter.path),
-            str(output),
-            parameters=profile.parameters.get(chapter.name),
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=str(work),
-            execution_timeout=profile.cell_timeout_s,
-        )
-        return
-    except papermill.PapermillExecutionError as error:
-        status = {"cell": error.cell_index, "source": error.source, "error": f"{error.ename}: {error.evalue}"}
-    except CellTimeoutError:
-        status = {"error": f"a cell ran longer than {profile.cell_timeout_s} s (cell_timeout_s of profile {profile.name!r})"}
-    except DeadKernelError:
-        status = {"error": "the kernel died (out of memory?): lower the sizes in the profile, or close other programs"}
-    (work / "status.json").write_text(json.dumps(status))
-    raise SystemExit(1)
-
-
-def _begin(chapter: Chapter, profile: Profile, build: Build) -> subprocess.Popen:
     work = build.work(chapter.name)
     work.mkdir(parents=True)
     (work / "profile.json").write_text(json.dumps(vars(profile)))
     environment = os.environ | {results.OUTPUT_VARIABLE: str(work), results.UPSTREAM_VARIABLE: str(build.folder)}
     environment |= {"TQDM_DISABLE": "1"}  # nobody watches, and a bar would stay in the outputs
     command = [sys.executable, "-m", "bigmodel_utils.report", "execute", str(chapter.path), str(work)]
+    command += ["--memory-bytes", str(memory_limit_bytes or 0.9 * psutil.virtual_memory().available)]
     with (work / "log.txt").open("wb") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -249,9 +254,8 @@ def _finish(name: str, process: subprocess.Popen, key: str, seconds: float, buil
 def _failure_message(work: Path, partial: Path) -> str:
     if shutil.disk_usage(work).free < 2**20:
         return f"the disk is full (less than 1 MiB is free at {partial.parent.parent}): make room and build again"
-    try:
-        status = json.loads((work / "status.json").read_text())
-    except (FileNotFoundError, ValueError):
+    status = _read_json(work / "status.json")
+    if status is None:
         lines = (work / "log.txt").read_text(errors="replace").strip().splitlines()
         return "ended without a word" if not lines else f"{lines[-1]}"
     where = ""
@@ -296,6 +300,14 @@ def _imported_names(source: str) -> list[str]:
 def _module_path(root: Path, name: str) -> Path | None:
     stem = root.joinpath(*name.split(".")[1:])
     return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+def _read_json(path: Path) -> dict | None:
+    """What a file holds, or None where it is missing or was cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _file_hash(path: Path) -> str:
