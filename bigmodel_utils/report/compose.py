@@ -56,8 +56,8 @@ class Report:
     def prose_errors(self) -> list[str]:
         """Where the prose cites a number that this build did not compute; the prose is written for the small profile."""
         errors = []
+        known = {claim["id"]: claim for page in self.pages for claim in page.record["claims"]}
         for page in self.pages:
-            known = {claim["id"]: claim for claim in page.record["claims"]}
             for cell in page.chapter.cells("markdown"):
                 errors += [f"{page.chapter.name}: {error}" for error in claims.prose_errors(text(cell), known)]
         return errors
@@ -96,7 +96,10 @@ def read(profile: str, course: list[Chapter], build: Build) -> Report:
         ReportError: for two claims of one id, or a notebook that was executed from other code than the committed one.
     """
     targets = Targets.of(course)
-    report = Report(profile, [_page(chapter, build, targets) for chapter in course], chapters.folder())
+    records = [results.read(build.results(chapter.name)) for chapter in course]
+    known = {claim["id"] for record in records for claim in record["claims"]}
+    pages = [_page(chapter, record, build, targets, known) for chapter, record in zip(course, records)]
+    report = Report(profile, pages, chapters.folder())
     ids = [claim.id for claim in report.claims]
     repeated = {id for id in ids if ids.count(id) > 1}
     if repeated:
@@ -108,14 +111,12 @@ def _figure_cells(chapter: Chapter) -> list[Cell]:
     return [cell for cell in chapter.cells("code") if cell["metadata"].get("mystnb", {}).get("figure")]
 
 
-def _page(chapter: Chapter, build: Build, targets: Targets) -> Page:
+def _page(chapter: Chapter, record: dict[str, Any], build: Build, targets: Targets, known: set[str]) -> Page:
     executed = json.loads(build.notebook(chapter.name).read_text(encoding="utf-8"))
-    record = results.read(build.results(chapter.name))
     executed = chapters.normalize(executed)
     ran = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
     injected = [cell for cell in ran if INJECTED in tags(cell)]
     outcomes = iter([cell for cell in ran if INJECTED not in tags(cell)])
-    known = {claim["id"] for claim in record["claims"]}
     numbers = iter(f"{chapter.number}.{index}" for index in range(1, 1000))
     cells: list[Cell] = []
     for cell in chapter.notebook["cells"]:
