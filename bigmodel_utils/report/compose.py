@@ -243,9 +243,10 @@ def _cost_row(page: Page) -> tuple[str, ...]:
 
 
 def ledger(report: Report) -> str:
-    """Every claim: the failing first, then the verdicts on the article's statements, then all by chapter."""
+    """Every claim: the failing first, then the verdicts on others' statements, worst first, then all by chapter."""
     failed = [claim for claim in report.claims if claim.status == "fail"]
-    judged = [claim for claim in report.claims if claim.findings]
+    judged = sorted((claim for claim in report.claims if claim.findings), key=lambda one: claims.OUTCOMES.index(one.outcome))
+    untested = [claim for claim in report.claims if claim.status == "not tested" and not claim.findings]
     lines = [
         "A claim is one sentence, the value computed for it, the reference that the value is held to, and the reference's source.",
         "",
@@ -258,15 +259,29 @@ def ledger(report: Report) -> str:
     ]
     lines += [f"- [{claim.id}](#claim-{claim.id}): {claim.statement}" for claim in failed] + [""]
     if judged:
-        lines += ["## What the article says, and what was found", ""]
+        lines += ["## What is said about large models, and what was found", ""]
         lines += _table(
             ("Statement", "Verdict"), [(f"[{claim.statement}](#claim-{claim.id})", claim.verdict) for claim in judged]
         ) + [""]
+    lines += ["## How many", ""] + _counts(report) + [""]
+    if untested:
+        lines += ["Not tested at these sizes: " + ", ".join(f"[{claim.id}](#claim-{claim.id})" for claim in untested) + ".", ""]
     for page in report.pages:
         lines += [f"## {page.chapter.title}", "", f"Checked in [chapter {page.chapter.number}](#{page.label}).", ""]
         for claim in (claims.Claim(**claim) for claim in page.record["claims"]):
             lines += [target(f"claim-{claim.id}"), "", claim._repr_markdown_(), ""]
     return "\n".join(lines)
+
+
+def _counts(report: Report) -> list[str]:
+    """A row a chapter: how many of its claims came out how."""
+    rows = []
+    for page in report.pages:
+        outcomes = [claims.Claim(**claim).outcome for claim in page.record["claims"]]
+        rows.append((str(page.chapter.number), *(str(outcomes.count(outcome)) for outcome in claims.OUTCOMES)))
+    total = [claim.outcome for claim in report.claims]
+    rows.append(("all", *(str(total.count(outcome)) for outcome in claims.OUTCOMES)))
+    return _table(("Chapter", *claims.OUTCOMES), rows)
 
 
 def target(label: str) -> str:
