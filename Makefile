@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 XLA := .venv-xla
 
-.PHONY: help env report test unit nbval test-xla check normalize format badges wheel bench lab clean
+.PHONY: help env report slides test unit nbval test-xla check normalize format badges wheel bench lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 
 report: $(READY) ## execute what changed and build HTML and PDF (PROFILE=small; -j2 for two notebooks at a time)
 	+@$(PY) -m bigmodel_utils.report build --profile $(PROFILE)
+
+slides: $(READY) ## slide shows of the notebooks, in build/slides; they open without a network
+	@$(PY) -m bigmodel_utils.report slides
 
 test: $(READY) check unit nbval ## everything that must pass
 

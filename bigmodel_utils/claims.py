@@ -3,7 +3,8 @@
 A claim has an id, a sentence, a computed value, the reference it is held against, a tolerance and a source.
 `check` tests one number, `judge` sums several findings up into a verdict on a statement of somebody else's.
 Both append to the ledger of the running notebook, which `results.save` writes and the report prints.
-Prose cites a claim by a link to its id, for instance ``R2 of [0.88](#05-mlp-r2)``.
+Prose cites a claim by a link to its id, for instance ``R2 of [0.88](#05-mlp-r2)``, and that of another notebook by
+``[0.88](05_train_mlp.ipynb#05-mlp-r2)``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ RELATIONS = {
     ">": lambda value, reference, tolerance: value > reference - tolerance,
 }
 SIGNS = {"==": "=", "<=": "≤", ">=": "≥", "<": "<", ">": ">"}
+OUTCOMES = ("fails", "not supported", "supported with conditions", "not tested", "supported", "holds")  # worst first
 MARKS = {"pass": "✓", "fail": "✗", "not tested": "–"}
 
 ledger: list[Claim] = []
@@ -49,6 +51,11 @@ class Claim:
     def passed(self) -> bool:
         """Whether the claim was tested and holds."""
         return self.status == "pass"
+
+    @property
+    def outcome(self) -> str:
+        """One of OUTCOMES: the verdict on somebody's statement, or what became of a number."""
+        return (self.status == "pass" and self.verdict) or {"pass": "holds", "fail": "fails"}.get(self.status, self.status)
 
     def figures(self) -> str:
         """The value against its reference, at the digits that the tolerance makes meaningful."""
@@ -179,8 +186,15 @@ def format_number(value: float | None, tolerance: float = 0.0) -> str:
     return f"{value:.3g}"
 
 
-LINK = re.compile(r"\[([^\]]*)\]\(#(\d\d-[a-z0-9-]+)\)")
+LINK = re.compile(r"\[([^\]]*)\]\((?:\d\d_\w+\.ipynb)?#(\d\d-[a-z0-9-]+)\)")
 NUMBER = re.compile(r"(?<![\w(.])[-−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def stored(notebook: dict) -> dict[str, dict]:
+    """The claims in a notebook's stored outputs, by id, each with the fields of `Claim`."""
+    outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", []))
+    found = (output.get("metadata", {}).get("claim") for output in outputs)
+    return {claim["id"]: claim for claim in found if claim}
 
 
 def prose_errors(markdown: str, claims: dict[str, dict]) -> list[str]:

@@ -112,6 +112,29 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
+def published_claims() -> list[claims.Claim]:
+    """Every claim of the course's other notebooks, in their order.
+
+    In a build they are those of the build; elsewhere those in the committed notebooks' stored outputs, whatever else was
+    run on this machine; without a checkout (Colab) there are none.
+
+    Raises:
+        ResultsError: in a build, where a notebook has not run.
+    """
+    from bigmodel_utils import notebook
+
+    course, upstream = course_folder(), os.environ.get(UPSTREAM_VARIABLE)
+    found: list[dict[str, Any]] = []
+    for path in sorted((course / "notebooks").glob("[0-9][0-9]_*.ipynb")) if course else []:
+        if path.stem == notebook.current().name:
+            continue
+        if upstream:
+            found += read(Path(upstream) / "results" / f"{path.stem}.json")["claims"]
+        else:
+            found += claims.stored(json.loads(path.read_text(encoding="utf-8"))).values()
+    return [claims.Claim(**claim) for claim in found]
+
+
 def artifact_path(name: str) -> Path:
     """Where this notebook writes a file that a later one may need (a model, say); its folder is made.
 

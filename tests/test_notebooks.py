@@ -19,7 +19,7 @@ def test_is_in_order(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_declared_minutes_and_needs_are_known(path):
     declared = chapters.read(path).notebook["metadata"]["bigmodel"]
-    assert set(declared) <= {"needs", "minutes"} and {"smoke", "small"} <= set(declared["minutes"])
+    assert set(declared) <= {"needs", "minutes", "before", "objectives"} and {"smoke", "small"} <= set(declared["minutes"])
 
 
 @pytest.mark.parametrize("name", ["smoke", "small", "gpu", "tpu"])

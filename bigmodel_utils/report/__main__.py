@@ -1,4 +1,4 @@
-"""Commands of the report: build, verify, new, normalize, check, badges."""
+"""Commands of the report: build, verify, new, slides, normalize, check, badges."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--memory-bytes", type=float, default=float("inf"))
     one.set_defaults(run=execute_one)
     for name, function, help in (
+        ("slides", slides, "write slide shows of the notebooks into build/slides"),
         ("normalize", normalize, "bring notebooks into the form in which they are committed"),
         ("check", check, "refuse notebooks that must not be committed"),
         ("badges", badges, "write the course's address into notebooks and README"),
@@ -164,6 +165,14 @@ def check(options: argparse.Namespace) -> int:
     errors = [error for path in _paths(options) for error in lint.check(chapters.read(path))]
     print("\n".join(errors) if errors else "all notebooks are in order")
     return 1 if errors else 0
+
+
+def slides(options: argparse.Namespace) -> int:
+    """Write a slide show for each notebook, from its stored outputs."""
+    from bigmodel_utils.report import slides
+
+    print(slides.build([chapters.read(path) for path in _paths(options)], chapters.folder() / "build" / "slides"))
+    return 0
 
 
 def badges(options: argparse.Namespace) -> int:

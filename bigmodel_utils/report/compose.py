@@ -62,8 +62,8 @@ class Report:
     def prose_errors(self) -> list[str]:
         """Where the prose cites a number that this build did not compute; the prose is written for the small profile."""
         errors = []
+        known = {claim["id"]: claim for page in self.pages for claim in page.record["claims"]}
         for page in self.pages:
-            known = {claim["id"]: claim for claim in page.record["claims"]}
             for cell in page.chapter.cells("markdown"):
                 errors += [f"{page.chapter.name}: {error}" for error in claims.prose_errors(text(cell), known)]
         return errors
@@ -102,7 +102,10 @@ def read(profile: str, course: list[Chapter], build: Build) -> Report:
         ReportError: for two claims of one id, or a notebook that was executed from other code than the committed one.
     """
     targets = Targets.of(course)
-    report = Report(profile, [_page(chapter, build, targets) for chapter in course], chapters.folder())
+    records = [results.read(build.results(chapter.name)) for chapter in course]
+    known = {claim["id"] for record in records for claim in record["claims"]}
+    pages = [_page(chapter, record, build, targets, known) for chapter, record in zip(course, records)]
+    report = Report(profile, pages, chapters.folder())
     ids = [claim.id for claim in report.claims]
     repeated = {id for id in ids if ids.count(id) > 1}
     if repeated:
@@ -114,14 +117,12 @@ def _figure_cells(chapter: Chapter) -> list[Cell]:
     return [cell for cell in chapter.cells("code") if cell["metadata"].get("mystnb", {}).get("figure")]
 
 
-def _page(chapter: Chapter, build: Build, targets: Targets) -> Page:
+def _page(chapter: Chapter, record: dict[str, Any], build: Build, targets: Targets, known: set[str]) -> Page:
     executed = json.loads(build.notebook(chapter.name).read_text(encoding="utf-8"))
-    record = results.read(build.results(chapter.name))
     executed = chapters.normalize(executed)
     ran = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
     injected = [cell for cell in ran if INJECTED in tags(cell)]
     outcomes = iter([cell for cell in ran if INJECTED not in tags(cell)])
-    known = {claim["id"] for claim in record["claims"]}
     numbers = iter(f"{chapter.number}.{index}" for index in range(1, 1000))
     cells: list[Cell] = []
     for cell in chapter.notebook["cells"]:
@@ -249,9 +250,10 @@ def _cost_row(page: Page) -> tuple[str, ...]:
 
 
 def ledger(report: Report) -> str:
-    """Every claim: the failing first, then the verdicts on the article's statements, then all by chapter."""
+    """Every claim: the failing first, then the verdicts on others' statements, worst first, then all by chapter."""
     failed = [claim for claim in report.claims if claim.status == "fail"]
-    judged = [claim for claim in report.claims if claim.findings]
+    judged = sorted((claim for claim in report.claims if claim.findings), key=lambda one: claims.OUTCOMES.index(one.outcome))
+    untested = [claim for claim in report.claims if claim.status == "not tested" and not claim.findings]
     lines = [
         "A claim is one sentence, the value computed for it, the reference that the value is held to, and the reference's source.",
         "",
@@ -264,15 +266,29 @@ def ledger(report: Report) -> str:
     ]
     lines += [f"- [{claim.id}](#claim-{claim.id}): {claim.statement}" for claim in failed] + [""]
     if judged:
-        lines += ["## What the article says, and what was found", ""]
+        lines += ["## What is said about large models, and what was found", ""]
         lines += _table(
             ("Statement", "Verdict"), [(f"[{claim.statement}](#claim-{claim.id})", claim.verdict) for claim in judged]
         ) + [""]
+    lines += ["## How many", ""] + _counts(report) + [""]
+    if untested:
+        lines += ["Not tested at these sizes: " + ", ".join(f"[{claim.id}](#claim-{claim.id})" for claim in untested) + ".", ""]
     for page in report.pages:
         lines += [f"## {page.chapter.title}", "", f"Checked in [chapter {page.chapter.number}](#{page.label}).", ""]
         for claim in (claims.Claim(**claim) for claim in page.record["claims"]):
             lines += [target(f"claim-{claim.id}"), "", claim._repr_markdown_(), ""]
     return "\n".join(lines)
+
+
+def _counts(report: Report) -> list[str]:
+    """A row a chapter: how many of its claims came out how."""
+    rows = []
+    for page in report.pages:
+        outcomes = [claims.Claim(**claim).outcome for claim in page.record["claims"]]
+        rows.append((str(page.chapter.number), *(str(outcomes.count(outcome)) for outcome in claims.OUTCOMES)))
+    total = [claim.outcome for claim in report.claims]
+    rows.append(("all", *(str(total.count(outcome)) for outcome in claims.OUTCOMES)))
+    return _table(("Chapter", *claims.OUTCOMES), rows)
 
 
 def target(label: str) -> str:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bigmodel_utils.report import ReportError, chapters, compose
+from bigmodel_utils.report import ReportError, chapters, compose, course
 from bigmodel_utils.report.compose import Page, Report
 from bigmodel_utils.report.runner import Build
 
@@ -28,6 +28,7 @@ def build(report: Report, build: Build) -> Path:
         "ledger.md": f"(claims-ledger)=\n# Ledger of claims\n\n{_targets(compose.ledger(report))}",
     }
     pages |= {"references.md": f"# References\n\n{compose.references(report)}"}
+    pages |= course.pages(report)
     for name in ("glossary", "licence"):
         pages[f"{name}.md"] = (report.folder / "report" / f"{name}.md").read_text(encoding="utf-8")
     source.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def _targets(markdown: str) -> str:
 
 def _index(report: Report) -> str:
     names = "\n".join(page.chapter.name for page in report.pages)
-    toctrees = f"```{{toctree}}\n:caption: Chapters\n\n{names}\n```\n\n```{{toctree}}\n:caption: Evidence\n\nledger\nreferences\nglossary\nlicence\n```\n"
+    toctrees = f"```{{toctree}}\n:caption: Chapters\n\n{names}\n```\n\n```{{toctree}}\n:caption: The course\n\ncourse\narticle\ninstructors\n```\n\n```{{toctree}}\n:caption: Evidence\n\nledger\nreferences\nglossary\nlicence\n```\n"
     return f"# {compose.TITLE}\n\n{compose.cover(report)}\n{toctrees}"
 
 

@@ -16,6 +16,7 @@ NUMBERED = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 ANY_LINK = re.compile(r"!?\[[^\]]*\]\([^)]*\)")
+CLAIM_OF = re.compile(r"\]\((\d\d_\w+\.ipynb)#")
 MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/content/(?!bigmodel|constraints)|[A-Z]:\\\\)")
 
 
@@ -84,7 +85,7 @@ def figures(chapter: Chapter) -> list[str]:
 
 def prose(chapter: Chapter) -> list[str]:
     """Numbers in prose are claims: every link is right, and no measured number stands without one."""
-    known, errors = stored_claims(chapter), []
+    known, errors = known_claims(chapter), []
     for cell in chapter.cells("markdown"):
         errors += claims.prose_errors(text(cell), known)
         stated = chapters.outside_code_and_math(ANY_LINK.sub("", text(cell)), _mask_measured)
@@ -119,10 +120,12 @@ def equations(chapter: Chapter) -> list[str]:
     return errors
 
 
-def stored_claims(chapter: Chapter) -> dict[str, dict]:
-    """The claims of a notebook's stored outputs, by id."""
-    found = (output.get("metadata", {}).get("claim") for cell in chapter.cells("code") for output in cell.get("outputs", []))
-    return {claim["id"]: claim for claim in found if claim}
+def known_claims(chapter: Chapter) -> dict[str, dict]:
+    """The claims that the prose may cite: the notebook's own, and those of the notebooks that it names in such links."""
+    prose = "\n".join(text(cell) for cell in chapter.cells("markdown"))
+    paths = [chapter.path.with_name(name) for name in sorted(set(CLAIM_OF.findall(prose)))]
+    cited = [claims.stored(chapters.read(path).notebook) for path in paths if path.is_file()]
+    return {id: claim for stored in (*cited, claims.stored(chapter.notebook)) for id, claim in stored.items()}
 
 
 CHECKS = (normal_form, structure, outputs, figures, prose, equations)

@@ -7,7 +7,7 @@ import html
 import re
 from pathlib import Path
 
-from bigmodel_utils.report import ReportError, chapters, compose
+from bigmodel_utils.report import ReportError, chapters, compose, course
 from bigmodel_utils.report.chapters import Cell
 from bigmodel_utils.report.compose import Page, Report
 from bigmodel_utils.report.runner import Build
@@ -75,11 +75,22 @@ def _parts(report: Report, figures: Path) -> list[str]:
     setup = report.folder / "report"
     parts = [compose.cover(report), "```{=typst}\n#contents()\n```"]
     parts += [_chapter(page, figures) for page in report.pages]
+    parts += _course(course.pages(report), figures)
     parts += [
         f"# Ledger of claims {{#claims-ledger}}\n\n{compose.ledger(report)}",
         f"# References\n\n{compose.references(report)}",
     ]
     return parts + [(setup / f"{name}.md").read_text(encoding="utf-8") for name in ("glossary", "licence")]
+
+
+def _course(pages: dict[str, str], figures: Path) -> list[str]:
+    """The pages about the course; their pictures go to the figures."""
+    parts = [content for name, content in pages.items() if name.endswith(".md")]
+    for name, content in pages.items():
+        if not name.endswith(".md"):
+            (figures / name).write_text(content, encoding="utf-8")
+            parts = [part.replace(f"]({name})", f"]({figures.name}/{name})") for part in parts]
+    return parts
 
 
 def _chapter(page: Page, figures: Path) -> str:

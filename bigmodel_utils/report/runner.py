@@ -169,8 +169,8 @@ def content_key(chapter: Chapter, profile: Profile, build: Build) -> str:
     upstream = {}
     for name in chapter.needs:
         files = sorted(path for path in build.artifacts(name).rglob("*") if path.is_file())
-        values = json.dumps(results.read(build.results(name))["values"], sort_keys=True)
-        upstream[name] = [values, *map(_file_hash, files)]
+        record = results.read(build.results(name))
+        upstream[name] = [record["values"], record["claims"], *map(_file_hash, files)]
     depends_on = {
         "code": code,
         "parameters": profile.resolved(chapter),
