@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ def compare(
 
     Returns:
         one record for each kind and size: "loss_error" and "gradient_error", the largest differences relative to the loss
-        and to a weight's largest gradient; bytes that a rank sends, the most of any, by "formula", as "issued" (rings), and
+        and to a weight's largest gradient; "missing", weights without one; "held", bytes of the weights on the fullest rank;
+        bytes that a rank sends, the most of any, by "formula", as "issued" (rings), and
         on the "sockets" (None where they do not tell), with what gloo's own algorithms should give in "gloo".
     """
     sizes = {"vocab_size": vocab_size, "context_length": length, "n_layers": n_layers, "n_heads": n_heads, "d_model": d_model}
@@ -60,15 +61,16 @@ def compare(
     for size in group_sizes or [dist.get_world_size()]:
         mesh = launch.mesh_of(size, device)
         for kind in kinds or KINDS:
-            step, finish, formula = KINDS[kind](copy.deepcopy(model), tokens, targets, mesh, n_microbatches)
-            found, count, sockets = traffic.measure(step)
-            found, gradients = finish(found)
+            ready = KINDS[kind](copy.deepcopy(model), tokens, targets, mesh, n_microbatches)
+            held = _n_bytes(_local(weight) for weight in ready.held.parameters())
+            found, count, sockets = traffic.measure(ready.step)
+            found, gradients = ready.finish(found)
             records.append(
                 {
                     "kind": kind,
                     "ranks": size,
                     **_errors(found, gradients, loss, expected, mesh),
-                    **_largest({"formula": formula, "issued": count.sent_bytes(size), "sockets": sockets}),
+                    **_largest({"held": held, "formula": ready.formula, "issued": count.sent_bytes(size), "sockets": sockets}),
                     "gloo": _largest({"": _gloo_bytes(count, size)})[""],
                     "calls": dict(count.calls),
                 }
@@ -104,13 +106,21 @@ def _mean(loss: Tensor, mesh: DeviceMesh) -> Tensor:
     return loss / mesh.size()
 
 
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 def _n_bytes(parameters: Any) -> int:
     return sum(weight.numel() * weight.element_size() for weight in parameters)
 
 
-# Each of these gives: the step, which returns this rank's loss; what makes of that the batch's loss (None on a rank that has
-# none) and this rank's gradients, under the model's names and whole; the bytes that the busiest rank sends, by formula.
-Prepared = tuple[Callable[[], Tensor | None], Callable[[Tensor | None], tuple[Tensor | None, Gradients]], float]
+class Prepared(NamedTuple):
+    """A step that is ready to be taken."""
+
+    step: Callable[[], Tensor | None]  # gives this rank's loss, or None on a rank that has none
+    finish: Callable[[Tensor | None], tuple[Tensor | None, Gradients]]  # to the batch's loss, and whole gradients by name
+    formula: float  # bytes that the busiest rank sends
+    held: nn.Module  # with this rank's weights
 
 
 def _data(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_microbatches: int) -> Prepared:
@@ -118,7 +128,7 @@ def _data(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_micro
     wrapped = data.parallelize(model, mesh)
     x, y = data.part(tokens, mesh), data.part(targets, mesh)
     step = lambda: data.backward(wrapped, x, y, n_microbatches)  # noqa: E731
-    return step, lambda loss: (_mean(loss, mesh), _whole_gradients(model)), n_bytes
+    return Prepared(step, lambda loss: (_mean(loss, mesh), _whole_gradients(model)), n_bytes, model)
 
 
 def _data_at_once(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_microbatches: int) -> Prepared:
@@ -130,13 +140,15 @@ def _sharded(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_mi
     n_bytes = communication.sharded_bytes(in_blocks, in_all - in_blocks, mesh.size())
     sharded.parallelize(model, mesh)
     x, y = data.part(tokens, mesh), data.part(targets, mesh)
-    return lambda: data.backward(model, x, y), lambda loss: (_mean(loss, mesh), _whole_gradients(model)), n_bytes
+    finish = lambda loss: (_mean(loss, mesh), _whole_gradients(model))  # noqa: E731
+    return Prepared(lambda: data.backward(model, x, y), finish, n_bytes, model)
 
 
 def _tensor(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_microbatches: int) -> Prepared:
     n_bytes = communication.tensor_parallel_bytes(len(model.blocks), _activation_bytes(model, tokens), mesh.size())
     tensor.parallelize(model, mesh)
-    return lambda: data.backward(model, tokens, targets), lambda loss: (loss, tensor.gradients(model)), n_bytes
+    step = lambda: data.backward(model, tokens, targets)  # noqa: E731
+    return Prepared(step, lambda loss: (loss, tensor.gradients(model)), n_bytes, model)
 
 
 def _sequence(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_microbatches: int) -> Prepared:
@@ -150,7 +162,7 @@ def _sequence(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_m
         tensor.finish_gradients(model)
         return loss
 
-    return step, lambda loss: (loss, tensor.gradients(model)), n_bytes
+    return Prepared(step, lambda loss: (loss, tensor.gradients(model)), n_bytes, model)
 
 
 def _pipeline(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_microbatches: int) -> Prepared:
@@ -160,7 +172,8 @@ def _pipeline(model: GPT, tokens: Tensor, targets: Tensor, mesh: DeviceMesh, n_m
     stage, schedule = pipeline.parallelize(model, mesh, n_microbatches, tokens.device)
     pipeline.backward(schedule, tokens, targets, mesh)  # the first step also tells the neighbours what shapes to expect
     stage.zero_grad()
-    return lambda: pipeline.backward(schedule, tokens, targets, mesh), lambda loss: (loss, _whole_gradients(stage)), n_bytes
+    step = lambda: pipeline.backward(schedule, tokens, targets, mesh)  # noqa: E731
+    return Prepared(step, lambda loss: (loss, _whole_gradients(stage)), n_bytes, stage)
 
 
 def _activation_bytes(model: GPT, tokens: Tensor) -> int:

@@ -36,10 +36,10 @@ def train(
 
     Args:
         folder: for checkpoints; a path or fsspec URL that all hosts see. Training goes on from the newest in it.
-        killed_rank: a rank that kills itself before step `killed_at`, in torchrun's first attempt only.
+        killed_rank: a rank that kills itself before step `killed_at`, where training did not begin from a checkpoint.
 
     Returns:
-        "losses" of all steps, "sha256" of weights and optimiser at the end, "restarts", and the step "resumed_at".
+        "losses" of all steps, "sha256" of weights and optimiser at the end, and the step that this attempt began at, "resumed_at".
     """
     config = GPTConfig(vocab_size=64, context_length=length, n_layers=2, n_heads=2, d_model=32)
     torch.manual_seed(seed)
@@ -49,10 +49,9 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     saved = checkpoint.Folder(folder)
     begin, losses = _resume(saved, model, optimizer, device)
-    n_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     with saved:
         for step in range(begin, n_steps):
-            if dist.get_rank() == killed_rank and step == killed_at and n_restarts == 0:
+            if dist.get_rank() == killed_rank and step == killed_at and begin == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             tokens = _batch(seed, step, batch_size, length).to(device)
             loss = data.backward(wrapped, data.part(tokens[:, :-1], mesh), data.part(tokens[:, 1:], mesh))
@@ -63,7 +62,7 @@ def train(
             if (step + 1) % save_every == 0 and dist.get_rank() == 0:
                 tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
                 saved.save(tree, step + 1)
-    return {"losses": losses, "sha256": _digest(model, optimizer), "restarts": n_restarts, "resumed_at": begin}
+    return {"losses": losses, "sha256": _digest(model, optimizer), "resumed_at": begin}
 
 
 def _resume(

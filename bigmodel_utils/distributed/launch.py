@@ -89,11 +89,13 @@ def _meetings(n_nodes: int) -> list[list[str]]:
 
 
 def _agent(words: list[str], log: Any) -> subprocess.Popen:
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # Without the last, ranks of a second attempt may read addresses of the first from the agents' common store, where one
+    # agent counts the restart and another only sees that it has to meet again (torch 2.13).
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     course = str(Path(__file__).resolve().parents[2])  # so that the ranks import this package, installed or not
     path = os.pathsep.join(filter(None, [course, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "torch.distributed.run", *words]
-    return subprocess.Popen(command, env=os.environ | quiet | {"PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=os.environ | settings | {"PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait(agents: list[subprocess.Popen], timeout_s: float, log: Path) -> None:
