@@ -34,6 +34,8 @@ def parse(words: list[str]) -> list[tuple[str, dict[str, Any]]]:
             if name not in JOBS:
                 raise SystemExit(f"unknown job {name!r}: choose from {', '.join(JOBS)}")
             found.append((name, {}))
+        elif not found:
+            raise SystemExit(f"{word} belongs to no job: name the job first")
         else:
             found[-1][1][name] = _value(value)
     return found

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from bigmodel_utils import checkpoint
 from bigmodel_utils.distributed import data, launch
@@ -32,7 +33,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a small GPT by data parallelism and AdamW, with a checkpoint every few steps.
 
-    A step's batch follows from the seed and its number alone, so that it is the same after a restart.
+    A step's batch follows from the seed and its number alone, so that it is the same after a restart. And one backward pass
+    is done and thrown away before the first step: DDP puts gradients into other buckets after its first, so that their
+    sums are rounded in another order, and the first step after a restart would differ from the same step without one.
 
     Args:
         folder: for checkpoints; a path or fsspec URL that all hosts see. Training goes on from the newest in it.
@@ -49,12 +52,14 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     saved = checkpoint.Folder(folder)
     begin, losses = _resume(saved, model, optimizer, device)
+    batch = lambda step: _batch(seed, step, batch_size, length).to(device)  # noqa: E731
+    _backward(wrapped, batch(begin), mesh)
+    optimizer.zero_grad()
     with saved:
         for step in range(begin, n_steps):
             if dist.get_rank() == killed_rank and step == killed_at and begin == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            tokens = _batch(seed, step, batch_size, length).to(device)
-            loss = data.backward(wrapped, data.part(tokens[:, :-1], mesh), data.part(tokens[:, 1:], mesh))
+            loss = _backward(wrapped, batch(step), mesh)
             optimizer.step()
             optimizer.zero_grad()
             dist.all_reduce(loss)
@@ -63,6 +68,10 @@ def train(
                 tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
                 saved.save(tree, step + 1)
     return {"losses": losses, "sha256": _digest(model, optimizer), "resumed_at": begin}
+
+
+def _backward(wrapped: nn.Module, tokens: Tensor, mesh: DeviceMesh) -> Tensor:
+    return data.backward(wrapped, data.part(tokens[:, :-1], mesh), data.part(tokens[:, 1:], mesh))
 
 
 def _resume(

@@ -125,40 +125,38 @@ def _together_s(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def link(device: torch.device, *, n_bytes: list[int] | None = None, n_rounds: int = 20) -> dict[str, Any]:
-    """Messages between ranks 0 and 1, and all-reduces of all ranks: what the cost model is to be given, and held against.
+def link(device: torch.device, *, sizes_bytes: list[int] | None = None, n_rounds: int = 20) -> dict[str, Any]:
+    """Messages and all-reduces between ranks 0 and 1: what the cost model is to be given, and held against.
 
     Returns:
         "latency_s" and "bytes_per_s" of a message, from the fastest round trips of an 8-byte and a 4 MB message; "allreduce":
         for each size its fastest time.
     """
-    small, large = (_round_trip_s(size, device, n_rounds) for size in (8, 2**22))
-    times = []
-    for size in n_bytes or [2**12, 2**16, 2**20, 2**23]:
-        x = torch.ones(size // 4, device=device)
-        times.append(min(_together_s(lambda x=x: dist.all_reduce(x), device) for _ in range(n_rounds)))
+    pair = launch.mesh_of(2, device).get_group()
+    small_s, large_s = (_fastest_s(_there_and_back, size, device, n_rounds) / 2 for size in (8, 2**22))
+    sizes_bytes = sizes_bytes or [2**12, 2**16, 2**20, 2**23]
+    times = [_fastest_s(lambda x: dist.all_reduce(x, group=pair), size, device, n_rounds) for size in sizes_bytes]
     return {
-        "latency_s": small / 2,
-        "bytes_per_s": 2**22 / (large / 2 - small / 2),
-        "allreduce": [
-            {"n_bytes": size, "seconds": seconds} for size, seconds in zip(n_bytes or [2**12, 2**16, 2**20, 2**23], times)
-        ],
+        "latency_s": small_s,
+        "bytes_per_s": 2**22 / (large_s - small_s),
+        "allreduce": [{"n_bytes": size, "seconds": seconds} for size, seconds in zip(sizes_bytes, times)],
     }
 
 
-def _round_trip_s(n_bytes: int, device: torch.device, n_rounds: int) -> float:
-    x, rank = torch.ones(n_bytes // 4, device=device), dist.get_rank()
+def _there_and_back(x: Tensor) -> None:
+    rank = dist.get_rank()
+    for sender in (0, 1):
+        (dist.send if rank == sender else dist.recv)(x, 1 - rank)
 
-    def there_and_back() -> None:
-        if rank < 2:
-            for sender in (0, 1):
-                (dist.send if rank == sender else dist.recv)(x, 1 - rank)
-            devices.synchronize(device)
 
-    seconds = []
+def _fastest_s(function: Callable[[Tensor], object], n_bytes: int, device: torch.device, n_rounds: int) -> float:
+    """Seconds of the fastest call by ranks 0 and 1, on a buffer of so many bytes, as this rank sees it; the others wait."""
+    x, seconds = torch.ones(n_bytes // 4, device=device), []
     for _ in range(n_rounds):
         dist.barrier()
         begin = time.perf_counter()
-        there_and_back()
+        if dist.get_rank() < 2:
+            function(x)
+            devices.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
