@@ -263,7 +263,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C); `turn` holds the rotation of these positions."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         config = self.config
         heads = self.qkv(x).view(B, T, -1, config.d_head).transpose(1, 2)  # (B, H + 2 H_kv, T, d_head)
         q, k, v = heads.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
@@ -275,7 +275,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H_kv, S, d_head), with S = length + T
         y = attend(q, k, v, config.dropout if self.training else 0.0)  # (B, H, T, d_head)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))  # C numbers, or this rank's heads' under tensor parallelism
 
 
 class FeedForward(nn.Module):

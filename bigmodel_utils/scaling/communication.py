@@ -1,10 +1,44 @@
-"""What ranks tell each other, in bytes, by formula.
+"""What ranks tell each other, in bytes and in seconds, by formula.
 
 A *rank* is one process with its accelerator; p is the number of ranks. All volumes are bytes that one rank sends in one
-training step, with collectives as rings; what it receives is as much.
+training step, with collectives as rings; what it receives is as much. Times follow Hockney's model of a message,
+latency + bytes / bandwidth (1994, https://doi.org/10.1016/S0167-8191(06)80021-9).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins two ranks.
+
+    Raises:
+        ValueError: for a bandwidth that is not positive or a negative latency.
+    """
+
+    name: str
+    bytes_per_s: float  # that one rank can send, while it receives as much
+    latency_s: float  # of one message; an assumption, since vendors do not publish it
+    source: str = ""  # of the bandwidth
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_s <= 0 or self.latency_s < 0:
+            raise ValueError(f"{self.name}: a link has a positive bandwidth and a latency of 0 or more")
+
+    def message_s(self, n_bytes: float) -> float:
+        """Seconds until a message of that size is there."""
+        return self.latency_s + n_bytes / self.bytes_per_s
+
+
+LINKS = {  # bandwidths: published peaks, in one direction, for one GPU; latencies: assumed
+    "nvlink": Link("NVLink 4, inside a server", 450e9, 3e-6, "https://github.com/NVIDIA/nccl/issues/1264"),
+    "infiniband": Link(
+        "InfiniBand, 400 Gb/s", 50e9, 5e-6, "https://docs.nvidia.com/networking/display/ConnectX7VPI/Introduction"
+    ),
+    "ethernet": Link("Ethernet, 10 Gb/s", 1.25e9, 30e-6, "by its name"),
+}
 
 
 def _check_counts(**counts: int) -> None:
@@ -63,6 +97,17 @@ def tensor_parallel_bytes(n_layers: int, n_activation_bytes: float, n_ranks: int
     return 4 * n_layers * ring_allreduce_bytes(n_activation_bytes, n_ranks)
 
 
+def sequence_parallel_bytes(n_layers: int, n_activation_bytes: float, n_norm_bytes: float, n_ranks: int) -> float:
+    """As much as tensor parallelism, each all-reduce in two halves; and the ends: what is cut and what was not is joined.
+
+    At the end of the forward pass the activations are gathered, at the end of the backward pass their gradient is; and
+    the gradients of the norms, of which each rank knows its positions' part, are summed.
+    """
+    blocks = tensor_parallel_bytes(n_layers, n_activation_bytes, n_ranks)
+    ends = 2 * ring_allgather_bytes(n_activation_bytes, n_ranks)
+    return blocks + ends + ring_allreduce_bytes(n_norm_bytes, n_ranks)
+
+
 def pipeline_bytes(stage: int, n_stages: int, n_activation_bytes: float) -> float:
     """What the rank of one stage sends: activations to the next stage, and their gradient to the one before.
 
@@ -91,3 +136,34 @@ def pipeline_bubble(n_stages: int, n_microbatches: int) -> float:
     """
     _check_counts(n_stages=n_stages, n_microbatches=n_microbatches)
     return (n_stages - 1) / (n_microbatches + n_stages - 1)
+
+
+def ring_allreduce_s(n_bytes: float, n_ranks: int, link: Link) -> float:
+    """Seconds of a ring's 2 (p - 1) steps, in each of which every rank sends n / p bytes."""
+    _check_counts(n_ranks=n_ranks)
+    return 2 * (n_ranks - 1) * link.message_s(n_bytes / n_ranks)
+
+
+def data_parallel_step_s(compute_s: float, n_gradient_bytes: float, n_ranks: int, link: Link, hidden: bool = False) -> float:
+    """Seconds of a step whose batch is shared out evenly.
+
+    Args:
+        compute_s: seconds that one rank alone takes for the whole batch.
+        hidden: the all-reduce goes on behind the computation, and the longer of the two decides; else one after the other.
+    """
+    parts = compute_s / n_ranks, ring_allreduce_s(n_gradient_bytes, n_ranks, link)
+    return max(parts) if hidden else sum(parts)
+
+
+def tensor_parallel_step_s(compute_s: float, n_layers: int, n_activation_bytes: float, n_ranks: int, link: Link) -> float:
+    """Seconds of a step whose matrices are cut: what is computed next needs what was sent, so that nothing is hidden."""
+    return compute_s / n_ranks + 4 * n_layers * ring_allreduce_s(n_activation_bytes, n_ranks, link)
+
+
+def pipeline_step_s(compute_s: float, n_activation_bytes: float, n_stages: int, n_microbatches: int, link: Link) -> float:
+    """Seconds of a step whose layers are shared out: work, bubble, and the messages on the way there and back.
+
+    A micro-batch's messages in the steady state go on behind the computation of others.
+    """
+    working_s = compute_s / n_stages / (1 - pipeline_bubble(n_stages, n_microbatches))
+    return working_s + 2 * (n_stages - 1) * link.message_s(n_activation_bytes / n_microbatches)
