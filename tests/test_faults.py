@@ -78,7 +78,7 @@ def test_a_killed_build_changes_nothing_in_the_end(light: Course):
     assert light.run("build")[0] == 0
     seconds, expected = time.monotonic() - started, contents(light)
     generator = random.Random(0)
-    for round in range(int(os.environ.get("BIGMODEL_KILLS", "3"))):
+    for round in range(int(os.environ.get("BIGMODEL_KILLS", "2"))):
         if round % 2:  # over an earlier report, as a build that changed something
             light.run("build", "--set", "03_first.seed=1")
         else:
