@@ -54,8 +54,12 @@ def document(report):
 
 
 @pytest.fixture(scope="module")
-def pages(document) -> list[tuple[pypdfium2.PdfPage, pypdfium2.PdfTextPage, str]]:
-    """Every page with its text."""
+def pages(document):
+    return read_pages(document)
+
+
+def read_pages(document: pypdfium2.PdfDocument) -> list[tuple[pypdfium2.PdfPage, pypdfium2.PdfTextPage, str]]:
+    """Every page, its characters and its text."""
     found = []
     for page in document:
         characters = page.get_textpage()
@@ -80,7 +84,8 @@ def is_code(characters: pypdfium2.PdfTextPage, text: str, index: int) -> bool:
     return b"Mono" in name.value
 
 
-def test_no_page_is_empty_and_nothing_stands_in_the_margins(pages):
+def layout_errors(pages) -> list[str]:
+    """Pages that hold nothing, and what stands in the margins."""
     wrong = []
     for number, (page, characters, text) in enumerate(pages, start=1):
         width, height = page.get_size()
@@ -93,32 +98,73 @@ def test_no_page_is_empty_and_nothing_stands_in_the_margins(pages):
                 wrong.append(
                     f"page {number}: {outside!r} stands in the margin ({left:.0f} to {right:.0f} of {width:.0f} points)"
                 )
-    assert not wrong, "\n".join(wrong)
+    return wrong
 
 
-def test_no_markup_is_printed_outside_code(pages):
+def markup_errors(pages) -> list[str]:
+    """Markdown, HTML and LaTeX that is printed as it was written, outside code."""
     wrong = []
     for number, (_, characters, text) in enumerate(pages, start=1):
         for match in MARKUP.finditer(text):
             if not is_code(characters, text, match.start()):
                 wrong.append(f"page {number}: {text[max(0, match.start() - 30) : match.end() + 30]!r}")
-    assert not wrong, "\n".join(wrong)
+    return wrong
 
 
-def test_every_caption_stands_under_its_figure(report, pages):
-    captions, wrong = [], []
+def captions(pages) -> tuple[list[str], list[str]]:
+    """The numbers of the figures that have a caption, in order, and what is wrong with where the captions stand."""
+    found, wrong = [], []
     for number, (page, characters, text) in enumerate(pages, start=1):
-        shown = images(page)
         for match in CAPTION.finditer(text):
             if is_code(characters, text, match.start()):
                 continue
+            found.append(match[1])
             top = characters.get_charbox(place(characters, text, match.start()))[3]
-            captions.append(match[1])
-            if not any(0 <= bottom - top < 30 for _, bottom, _, _ in shown):
+            if not any(0 <= bottom - top < 30 for _, bottom, _, _ in images(page)):
                 wrong.append(f"page {number}: nothing stands above the caption of Figure {match[1]}")
-    expected = compose.Targets.of([page.chapter for page in report[0].pages]).figures
+    return found, wrong
+
+
+def test_every_page_is_in_order(report, pages):
+    wrong = layout_errors(pages) + markup_errors(pages) + captions(pages)[1]
     assert not wrong, "\n".join(wrong)
-    assert captions == list(expected)
+    assert captions(pages)[0] == list(compose.Targets.of([page.chapter for page in report[0].pages]).figures)
+
+
+BROKEN = {
+    "a margin": ('#move(dx: -10mm)[Some words that are too far to the left]', "stands in the margin"),
+    "an overflow": ("#box(width: 300mm)[" + "a long line of words " * 9 + "]", "stands in the margin"),
+    "an empty page": ("words\n#pagebreak()\n \n#pagebreak()\nwords", "page 2 holds no more than ''"),
+    "bold": (r"It is \*\*important\*\* to say", "It is **important"),
+    "a tag": (r"\<details> of a hint", "<details> of a hint"),
+    "a link": (r"see [chapter 3]\(03.ipynb)", "[chapter 3](03"),
+    "mathematics": (r"so that \$\$ x", "so that $$ x"),
+    "LaTeX": (r"the ratio \\frac{1}{2}", r"\\frac"),
+    "a caption alone": ("#v(90mm)\nFigure 3.1. What was to be seen.", "nothing stands above the caption of Figure 3.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_checks_find(name):
+    import typst
+
+    body, message = BROKEN[name]
+    setup = (
+        '#set page(margin: 24mm)\n#set text(font: "Libertinus Serif")\n'
+        + "Enough words for a page that is not empty, and some more. " * 2
+    )
+    with pypdfium2.PdfDocument(typst.compile((setup + "\n\n" + body).encode(), format="pdf")) as document:
+        pages = read_pages(document)
+        assert message in "\n".join(layout_errors(pages) + markup_errors(pages) + captions(pages)[1])
+
+
+def test_sound_pages_pass_and_code_may_hold_stars():
+    import typst
+
+    body = "#set page(margin: 24mm)\n" + "Words that fill the first page a little. " * 9 + "\n```python\nf(**options)\n```"
+    with pypdfium2.PdfDocument(typst.compile(body.encode(), format="pdf")) as document:
+        pages = read_pages(document)
+        assert layout_errors(pages) + markup_errors(pages) + captions(pages)[1] == []
 
 
 def test_the_outline_names_every_chapter(report, document):
