@@ -6,10 +6,10 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 XLA := .venv-xla
 
-.PHONY: help env report slides test unit nbval test-xla check normalize format badges wheel bench lab clean
+.PHONY: help env report verify-report slides test unit nbval test-xla test-faults check chapter normalize format diff hooks badges wheel bench lab clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(READY) ## make the virtual environment .venv from the project's own files
 
@@ -20,8 +20,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable '.[all]'
 	@touch $@
 
-report: $(READY) ## execute what changed and build HTML and PDF (PROFILE=small; -j2 for two notebooks at a time)
-	+@$(PY) -m bigmodel_utils.report build --profile $(PROFILE)
+report: $(READY) ## execute what changed and build HTML and PDF (PROFILE=small; -j2 for two notebooks at a time; OPTIONS="--keep 8")
+	+@$(PY) -m bigmodel_utils.report build --profile $(PROFILE) $(OPTIONS)
+
+verify-report: $(READY) ## build the report again from its recorded commit and parameters, and compare (PROFILE=small)
+	@$(PY) -m bigmodel_utils.report verify --profile $(PROFILE)
 
 slides: $(READY) ## slide shows of the notebooks, in build/slides; they open without a network
 	@$(PY) -m bigmodel_utils.report slides
@@ -39,6 +42,9 @@ $(XLA)/.ready: pyproject.toml constraints.txt
 	  torch==2.9.0 torch_xla==2.9.0 --editable '.[data,files,report,test]'
 	@touch $@
 
+test-faults: $(READY) ## kill a build at 50 random moments, fill its disk and memory (some 15 minutes)
+	BIGMODEL_KILLS=50 $(PY) -m pytest -q tests/test_faults.py
+
 check: $(READY) ## lint of code and notebooks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -50,12 +56,24 @@ unit: $(READY) ## unit, report and runner tests
 nbval: $(READY) ## run every notebook again and compare with its stored outputs
 	TQDM_DISABLE=1 $(PY) -m pytest -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
 
+chapter: $(READY) ## add a chapter that passes every check, to be made yours (NAME=16_robots)
+	@test -n "$(NAME)" || { echo "say which: make chapter NAME=16_robots"; exit 2; }
+	@$(PY) -m bigmodel_utils.report new $(NAME)
+
 normalize: $(READY) ## bring notebooks into the form in which they are committed
 	$(PY) -m bigmodel_utils.report normalize
 
 format: $(READY) ## format code and notebooks
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+diff: $(READY) ## what changed in notebooks since the last commit, cell by cell (SINCE=main for a branch)
+	$(VENV)/bin/nbdiff --ignore-details $(or $(SINCE),HEAD) notebooks
+
+hooks: $(READY) ## check every commit (.pre-commit-config.yaml), and let git show notebooks cell by cell
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'pre-commit>=4'
+	$(PY) -m pre_commit install
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" nbdime config-git --enable
 
 badges: $(READY) ## write the course's public address (pyproject.toml) into notebooks and README
 	$(PY) -m bigmodel_utils.report badges

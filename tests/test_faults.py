@@ -14,21 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Course, chapter_cells, code
+from conftest import Course, light_cells
 
 from bigmodel_utils.report.publish import PARTS
-
-SAVE = """import json
-from bigmodel_utils import results
-hardware = {"processor": "none", "cores": 1, "memory_bytes": 1, "system": "none"}
-origin = {"parameters": {"seed": seed}, "date": "2026-01-02T03:04:05+00:00", "commit": None, "dirty": None}
-origin |= {"python": "3", "versions": {}, "hardware": hardware, "device": "cpu"}
-origin |= {"seconds": 1.0, "peak_memory_bytes": 1e9, "predicted": None}
-claim = {"id": NAME[:2] + "-sum", "statement": "One and one is two", "value": 2.0, "reference": 2.0, "tolerance": 0.0}
-claim |= {"relation": "==", "source": "arithmetic", "status": "pass"}
-record = {"name": NAME, "values": {"sum": 2}, "claims": [claim], "provenance": origin}
-record["sha256"] = results._checksum(record)
-results.write_atomically(results.output_folder() / "results" / f"{NAME}.json", json.dumps(record).encode())"""
 
 FAULTS = {
     "die": "import os\nos._exit(1)",
@@ -38,22 +26,11 @@ FAULTS = {
 }
 
 
-def light_cells(name: str, number: int, fault: str = "pass") -> list[dict]:
-    """A chapter of fixed results."""
-    prose = chapter_cells(name, number)[0]
-    prose = prose | {"source": prose["source"].replace(f"Figure {number}.1 shows it, and ", "")}
-    parameters = code("seed = 0", "parameters")
-    return [prose, code("pass", "bootstrap"), parameters, code(fault), code(SAVE.replace("NAME", repr(name)))]
-
-
 @pytest.fixture(scope="module")
 def light(tmp_path_factory) -> Course:
     """A course of two chapters of fixed results, built."""
-    course = Course(tmp_path_factory.mktemp("light"))
-    for path in (course.folder / "report" / "profiles").glob("*.yaml"):
-        path.write_text("description: for tests\ncell_timeout_s: 20\nnotebooks: {}\n")
-    course.add("03_first", 3, cells=light_cells("03_first", 3))
-    course.add("04_second", 4, needs=["03_first"], cells=light_cells("04_second", 4))
+    course = Course(tmp_path_factory.mktemp("light"), light_cells)
+    (course.folder / "report/profiles/small.yaml").write_text("description: d\ncell_timeout_s: 20\nnotebooks: {}\n")
     status, printed = course.run("build")
     assert status == 0, printed
     return course
@@ -101,7 +78,7 @@ def test_a_killed_build_changes_nothing_in_the_end(light: Course):
     assert light.run("build")[0] == 0
     seconds, expected = time.monotonic() - started, contents(light)
     generator = random.Random(0)
-    for round in range(int(os.environ.get("BIGMODEL_KILLS", "3"))):
+    for round in range(int(os.environ.get("BIGMODEL_KILLS", "2"))):
         if round % 2:  # over an earlier report, as a build that changed something
             light.run("build", "--set", "03_first.seed=1")
         else:

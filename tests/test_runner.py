@@ -171,21 +171,6 @@ def test_an_interrupted_build_leaves_whole_results_and_goes_on(course: Course, s
     assert status == 0 and "1 of 2 notebooks ran" in printed
 
 
-def test_a_cell_that_hangs_is_stopped_and_the_limit_named(course: Course):
-    slow(course)
-    (course.folder / "report/profiles/small.yaml").write_text("description: d\ncell_timeout_s: 5\nnotebooks: {}\n")
-    status, printed = course.run("build")
-    assert status == 1 and "a cell ran longer than 5 s (cell_timeout_s of profile 'small')" in printed
-
-
-def test_a_kernel_that_dies_is_reported(course: Course):
-    cells = chapter_cells("04_second", 4)
-    cells.insert(5, code("import os\nos._exit(1)"))
-    course.add("04_second", 4, needs=["03_first"], cells=cells)
-    status, printed = course.run("build")
-    assert status == 1 and "04_second: the kernel died" in printed
-
-
 def test_a_failing_claim_is_published_and_fails_the_build(course: Course):
     cells = chapter_cells("04_second", 4)
     cells[8] = code('claims.check("04-sum", "One and one is three", 1 + 1, 3, 0, "arithmetic")')

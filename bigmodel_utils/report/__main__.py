@@ -52,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=help)
         command.add_argument("notebooks", nargs="*", type=Path, help="all of them, if none is named")
         command.set_defaults(run=function)
+        if function is normalize:
+            command.add_argument(
+                "--check", action="store_true", help="change nothing; name those in another form, and exit with 1"
+            )
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -152,10 +156,16 @@ def execute_one(options: argparse.Namespace) -> int:
 def normalize(options: argparse.Namespace) -> int:
     """Rewrite notebooks in their normal form."""
     repository = bootstrap.repository(chapters.folder())
+    changed = []
     for path in _paths(options):
-        chapter = chapters.read(path)
-        results.write_atomically(path, chapters.dump(chapters.normalize(chapter.notebook, repository)))
-    return 0
+        normal = chapters.dump(chapters.normalize(chapters.read(path).notebook, repository))
+        if path.read_bytes() != normal:
+            changed.append(path.name)
+            if not options.check:
+                results.write_atomically(path, normal)
+    if options.check and changed:
+        print(f"not in normal form: {', '.join(changed)}; run `make normalize`")
+    return 1 if options.check and changed else 0
 
 
 def check(options: argparse.Namespace) -> int:

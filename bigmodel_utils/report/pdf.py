@@ -20,6 +20,11 @@ CJK_FONTS = (
     "PingFang SC",
     "SimSun",
     "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+)
+NO_FONT = (
+    "The Chinese terms are left out: no Chinese font was found where this PDF was made (on Debian, fonts-noto-cjk has one)."
 )
 CJK_TEXT = re.compile(r"[　-鿿＀-￯]+")
 
@@ -42,7 +47,7 @@ def build(report: Report, build: Build) -> Path:
     markdown = "\n\n".join(_parts(report, figures))
     if font is None:
         print("no Chinese font found: the PDF's glossary leaves the Chinese terms out (Debian: apt-get install fonts-noto-cjk)")
-        markdown = CJK_TEXT.sub("–", markdown)
+        markdown = CJK_TEXT.sub("–", markdown).replace("# Glossary\n", f"# Glossary\n\n*{NO_FONT}*\n")
     setup = report.folder / "report"
     arguments = [
         "--standalone",
