@@ -124,6 +124,16 @@ def test_the_glossary_is_in_order_with_a_chinese_term_in_every_row():
         assert meaning.endswith(".") and chinese, term
 
 
+def test_the_terms_that_the_chapters_set_in_bold_are_in_the_glossary():
+    terms = re.findall(r"^\| ([^|]+) \|", (ROOT / "report" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    emphasised = {"augmented", "half", "id"}  # words, not terms
+    for chapter in COURSE:
+        prose = "\n".join(text for cell in chapter.cells("markdown") if (text := chapters.text(cell)))
+        bold = set(re.findall(r"\*\*([A-Z]{2,}|[a-z]+(?: [a-z]+)?)\*\*", prose)) - emphasised
+        missing = [word for word in bold if not any(re.search(rf"\b{word}\b", term, re.IGNORECASE) for term in terms)]
+        assert missing == [], chapter.name
+
+
 @pytest.fixture(scope="module")
 def site(built: Course) -> dict[str, str]:
     folder = built.folder / "build/small/html"

@@ -194,9 +194,7 @@ def _course_page(folder: Path, course: list[Chapter]) -> str:
         tied = declared(chapter, "objectives")
         if tied:
             lines += [
-                f"### {chapter.title}",
-                "",
-                f"In {link(chapter.name)}:",
+                f"### {link(chapter.name)}",
                 "",
                 "| You will be able to | Practised in |",
                 "| --- | --- |",

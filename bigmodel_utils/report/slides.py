@@ -27,7 +27,7 @@ CHAPTER_LINK = re.compile(r"\]\((\d\d_\w+)\.ipynb(?:#[^)]*)?\)")
 
 
 def build(course: list[Chapter], folder: Path) -> Path:
-    """Write a slide show for each chapter, and index.html, which lists them.
+    """Write a slide show for each of those chapters, and index.html, which lists all that are in the folder.
 
     Returns:
         the path of index.html.
@@ -46,13 +46,15 @@ def build(course: list[Chapter], folder: Path) -> Path:
         mathjax_url="mathjax/tex-chtml.js",
         reveal_theme="white",
     )
-    stored = {id: claim for chapter in course for id, claim in claims.stored(chapter.notebook).items()}
+    whole = chapters.read_all()
+    stored = {id: claim for chapter in whole for id, claim in claims.stored(chapter.notebook).items()}
     for chapter in course:
         notebook = {"cells": cells(chapter, stored), "metadata": {"title": chapter.title}, "nbformat": 4, "nbformat_minor": 5}
         # Reading joins the lines of outputs, which are stored one by one.
         page, _ = exporter.from_notebook_node(nbformat.reads(json.dumps(notebook), as_version=4))
         (folder / f"{chapter.name}.html").write_text(page, encoding="utf-8")
-    links = "\n".join(f'<li><a href="{chapter.name}.html">{escape(chapter.title)}</a></li>' for chapter in course)
+    there = [chapter for chapter in whole if (folder / f"{chapter.name}.html").is_file()]
+    links = "\n".join(f'<li><a href="{chapter.name}.html">{escape(chapter.title)}</a></li>' for chapter in there)
     index = f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>Slides</title>\n<ul>\n{links}\n</ul>\n</html>\n'
     (folder / "index.html").write_text(index, encoding="utf-8")
     return folder / "index.html"
