@@ -56,4 +56,6 @@ def check_worth_in_fresh_tokens(answer: Callable[[float, float, float], float]) 
         middles = (np.arange(round(1000 * passes)) + 0.5) / 1000
         expected = min(n_tokens, n_unique) + n_unique * np.exp(-middles / r_star).sum() / 1000
         found = answer(n_unique, n_tokens, r_star)
-        assert abs(found / expected - 1) < 1e-4, f"{n_tokens:g} tokens of {n_unique:g} are worth {expected:.2f}, not {found:.2f}"
+        assert abs(found / expected - 1) < 1e-4, (
+            f"{n_tokens:g} tokens of {n_unique:g} are worth {expected:.2f}, not {found:.2f}"
+        )
