@@ -155,6 +155,14 @@ def test_ranks_must_divide():
         distributed.run("ring", n_ranks=3, n_nodes=2)
 
 
+@pytest.mark.parametrize(("n_gpus", "second"), [(0, ""), (3, ""), (4, "2,3")])
+def test_local_agents_share_out_the_gpus(monkeypatch, n_gpus, second):
+    """Or have none at all, since some ranks on GPUs and some on CPUs would not find together."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert launch._own_gpus(1, 2, 4) == {"CUDA_VISIBLE_DEVICES": second}
+    assert launch._own_gpus(0, 1, 4) == {}
+
+
 def test_timetable_by_hand():
     """Two stages, two micro-batches: F0 F1 at 0 and 1 on the first, F0 B0 F1 B1 on the second from 1 on."""
     slots = pipeline.timetable([["F", "F", "B", "B"], ["F", "B", "F", "B"]])
