@@ -42,7 +42,7 @@ def four(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def three() -> list[dict]:
     """Three ranks, and LLaMA's layout."""
-    sizes = {"layout": "modern", "n_layers": 3, "n_heads": 6, "d_model": 48, "batch_size": 6, "length": 9, "n_microbatches": 3}
+    sizes = {"layout": "modern", "n_layers": 3, "n_heads": 6, "d_model": 72, "batch_size": 6, "length": 9, "n_microbatches": 3}
     return distributed.run({"compare": sizes}, n_ranks=3)["compare"]
 
 
@@ -155,6 +155,14 @@ def test_ranks_must_divide():
         distributed.run("ring", n_ranks=3, n_nodes=2)
 
 
+@pytest.mark.parametrize(("n_gpus", "second"), [(0, ""), (3, ""), (4, "2,3")])
+def test_local_agents_share_out_the_gpus(monkeypatch, n_gpus, second):
+    """Or have none at all, since some ranks on GPUs and some on CPUs would not find together."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert launch._own_gpus(1, 2, 4) == {"CUDA_VISIBLE_DEVICES": second}
+    assert launch._own_gpus(0, 1, 4) == {}
+
+
 def test_timetable_by_hand():
     """Two stages, two micro-batches: F0 F1 at 0 and 1 on the first, F0 B0 F1 B1 on the second from 1 on."""
     slots = pipeline.timetable([["F", "F", "B", "B"], ["F", "B", "F", "B"]])
@@ -192,31 +200,32 @@ def test_head_order_gives_each_rank_whole_heads():
     assert tensor.head_order(config, 1).tolist() == list(range(16))
 
 
-class TestOneRank:
+@pytest.fixture
+def one_rank():
     """A group of one, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
-    @pytest.fixture(scope="class", autouse=True)
-    def group(self):
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
-    def test_an_operation_without_a_rule_is_refused(self):
-        with pytest.raises(NotImplementedError, match="no rule for the bytes of c10d::broadcast_"), traffic.Count():
-            dist.broadcast(torch.ones(3), 0)
+def test_an_operation_without_a_rule_is_refused(one_rank):
+    with pytest.raises(NotImplementedError, match="no rule for the bytes of c10d::broadcast_"), traffic.Count():
+        dist.broadcast(torch.ones(3), 0)
 
-    def test_buffers_are_counted(self):
-        with traffic.Count() as count:
-            dist.all_reduce(torch.ones(5, dtype=torch.float64))
-            dist.all_reduce(torch.ones(2))
-        assert count.buffers == {"all-reduce": 48} and count.calls == {"all-reduce": 2}
-        assert count.sent_bytes(4) == 2 * 3 / 4 * 48
 
-    def test_a_batch_is_shared_out_evenly_or_not_at_all(self):
-        mesh = launch.mesh_of(1, torch.device("cpu"))
-        assert data.part(torch.arange(3), mesh).tolist() == [0, 1, 2]
-        with pytest.raises(ValueError, match="1 ranks do not divide into groups of 2"):
-            launch.mesh_of(2, torch.device("cpu"))
+def test_buffers_are_counted(one_rank):
+    with traffic.Count() as count:
+        dist.all_reduce(torch.ones(5, dtype=torch.float64))
+        dist.all_reduce(torch.ones(2))
+    assert count.buffers == {"all-reduce": 48} and count.calls == {"all-reduce": 2}
+    assert count.sent_bytes(4) == 2 * 3 / 4 * 48
+
+
+def test_groups_and_batches_must_divide(one_rank):
+    mesh = launch.mesh_of(1, torch.device("cpu"))
+    assert data.part(torch.arange(3), mesh).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="1 ranks do not divide into groups of 2"):
+        launch.mesh_of(2, torch.device("cpu"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's counters are Linux's")

@@ -51,7 +51,7 @@ def train(
     wrapped = data.parallelize(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     saved = checkpoint.Folder(folder)
-    begin, losses = _resume(saved, model, optimizer, device)
+    begin, losses = _resume(saved, model, optimizer)
     batch = lambda step: _batch(seed, step, batch_size, length).to(device)  # noqa: E731
     _backward(wrapped, batch(begin), mesh)
     optimizer.zero_grad()
@@ -74,16 +74,12 @@ def _backward(wrapped: nn.Module, tokens: Tensor, mesh: DeviceMesh) -> Tensor:
     return data.backward(wrapped, data.part(tokens[:, :-1], mesh), data.part(tokens[:, 1:], mesh))
 
 
-def _resume(
-    saved: checkpoint.Folder, model: GPT, optimizer: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, list[float]]:
-    """Load the newest checkpoint; the first rank says which, so that all load the same."""
-    found = saved.latest(device) if dist.get_rank() == 0 else None
-    answer = [found]
-    dist.broadcast_object_list(answer, src=0)
-    if answer[0] is None:
+def _resume(saved: checkpoint.Folder, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+    """Load the newest checkpoint. All ranks find the same, since none is written before all have taken a step."""
+    found = saved.latest()
+    if found is None:
         return 0, []
-    step, tree = answer[0]
+    step, tree = found
     model.load_state_dict(tree["model"])
     optimizer.load_state_dict(tree["optimizer"])
     return step, tree["losses"]

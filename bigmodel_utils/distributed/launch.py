@@ -40,7 +40,7 @@ def run(
     It is `torchrun --standalone --nproc-per-node n_ranks -m bigmodel_utils.distributed JOB NAME=VALUE ...`.
 
     Args:
-        jobs: names of functions in `distributed.jobs`, or {name: options}.
+        jobs: names in `distributed.__main__.JOBS`, or {name: options}.
         n_ranks: processes in all.
         n_nodes: torchrun's agents that they are shared out to, as if each were a host; they meet at a free port.
         max_restarts: how often torchrun may start all ranks again after one has died.
@@ -60,7 +60,10 @@ def run(
         program = ["-m", "bigmodel_utils.distributed", "--out", str(answer), "--timeout", str(timeout_s), *as_words(jobs)]
         common = ["--nproc-per-node", str(n_ranks // n_nodes), "--max-restarts", str(max_restarts), "--monitor-interval", "0.1"]
         with log.open("w") as file:
-            agents = [_agent([*meeting, *common, *program], file) for meeting in _meetings(n_nodes)]
+            agents = [
+                _agent([*meeting, *common, *program], file, _own_gpus(node, n_nodes, n_ranks))
+                for node, meeting in enumerate(_meetings(n_nodes))
+            ]
             try:
                 _wait(agents, timeout_s, log)
             finally:
@@ -88,14 +91,24 @@ def _meetings(n_nodes: int) -> list[list[str]]:
     return [[*place, "--rdzv-conf", f"is_host={int(node == 0)}"] for node in range(n_nodes)]
 
 
-def _agent(words: list[str], log: Any) -> subprocess.Popen:
-    # Without the last, ranks of a second attempt may read addresses of the first from the agents' common store, where one
+def _own_gpus(node: int, n_nodes: int, n_ranks: int) -> dict[str, str]:
+    """Each agent's share of this machine's GPUs: every one numbers those that it sees from 0. None where they do not suffice."""
+    if n_nodes == 1:
+        return {}
+    n_local, enough = n_ranks // n_nodes, torch.cuda.device_count() >= n_ranks
+    own = range(node * n_local, (node + 1) * n_local) if enough else ()
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own))}
+
+
+def _agent(words: list[str], log: Any, gpus: dict[str, str]) -> subprocess.Popen:
+    # Without the last one ranks of a second attempt may read addresses of the first from the agents' common store, where one
     # agent counts the restart and another only sees that it has to meet again (torch 2.13).
     settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     course = str(Path(__file__).resolve().parents[2])  # so that the ranks import this package, installed or not
     path = os.pathsep.join(filter(None, [course, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "torch.distributed.run", *words]
-    return subprocess.Popen(command, env=os.environ | settings | {"PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT)
+    environment = os.environ | settings | gpus | {"PYTHONPATH": path}
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait(agents: list[subprocess.Popen], timeout_s: float, log: Path) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -47,7 +48,7 @@ def parallelize(model: GPT, mesh: DeviceMesh, sequence: bool = False) -> GPT:
         block.attention.config = local
         for weight in block.attention.qkv.parameters():
             weight.data = weight.data[head_order(config, p).to(weight.device)]
-        parallelize_module(block, mesh, _block_plan(block, sequence))
+        parallelize_module(block, mesh, block_plan(block, sequence))
     if sequence:
         parallelize_module(model, mesh, _ends_plan())
     return model
@@ -62,7 +63,8 @@ def head_order(config: GPTConfig, n_ranks: int) -> Tensor:
     return torch.cat([rows for rank in zip(*(part.chunk(n_ranks) for part in parts)) for rows in rank])
 
 
-def _block_plan(block: nn.Module, sequence: bool) -> dict:
+def block_plan(block: nn.Module, sequence: bool) -> dict[str, ParallelStyle]:
+    """How each part of a block is cut: first matrices by outputs ("colwise"), second ones by inputs ("rowwise")."""
     results = {"output_layouts": Shard(1)} if sequence else {}
     plan = {
         "attention.qkv": ColwiseParallel(),
@@ -83,7 +85,7 @@ def _block_plan(block: nn.Module, sequence: bool) -> dict:
     return plan
 
 
-def _ends_plan() -> dict:
+def _ends_plan() -> dict[str, ParallelStyle]:
     """Positions are cut after the embedding, and gathered before the output layer."""
     return {
         "dropout": PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True),

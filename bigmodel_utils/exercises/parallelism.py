@@ -57,7 +57,7 @@ def check_order(answer: Callable[[int, int, int], list[str]]) -> None:
 
 def check_most_ranks(answer: Callable[[float, float, float], int]) -> None:
     """Ranks are added one at a time until the all-reduce takes longer than the computation."""
-    for compute_s, n_bytes, bytes_per_s in ((10.0, 1e9, 1e9), (3.7, 2e9, 1.25e9), (0.9, 1e9, 1e9), (41.0, 1.3e10, 5e10)):
+    for compute_s, n_bytes, bytes_per_s in ((10.5, 1e9, 1e9), (3.7, 2e9, 1.25e9), (0.9, 1e9, 1e9), (41.0, 1.3e10, 5e10)):
         n = 1
         while scaling.ring_allreduce_bytes(n_bytes, n + 1) / bytes_per_s <= compute_s / (n + 1):
             n += 1

@@ -2,7 +2,7 @@
 
 A *rank* is one process with its accelerator; p is the number of ranks. All volumes are bytes that one rank sends in one
 training step, with collectives as rings; what it receives is as much. Times follow Hockney's model of a message,
-latency + bytes / bandwidth (1994, https://doi.org/10.1016/S0167-8191(06)80021-9).
+latency + bytes / bandwidth (1994, https://doi.org/10.1016/S0167-8191%2806%2980021-9).
 """
 
 from __future__ import annotations
