@@ -74,7 +74,15 @@ class Trained:
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (n, m, k) of all networks for rows (m, d)."""
-        return _two_layers(self.weights, x.expand(len(self.weights[0]), -1, -1))
+        return _two_layers(self.weights, x.expand(len(self.weights[0]), -1, -1)).float()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy (n,) of each network on rows (m, d) with labels (m,)."""
+        return _cross_entropies(self.predict(x), y.expand(len(self.weights[0]), -1))
+
+    def accuracy(self, x: Tensor, y: Tensor) -> Tensor:
+        """Share of rows (n,) that each network gets right, float64."""
+        return (self.predict(x).argmax(dim=-1) == y).double().mean(dim=1)
 
 
 def initial_weights(widths: tuple[int, int, int], scales: Sequence[float], seeds: Sequence[int]) -> list[Tensor]:
@@ -133,7 +141,7 @@ def train_many(
     rate = lrs.to(dtype)[:, None, None]
     for rows in orders:  # (n, batch_size)
         logits = _two_layers(weights, x[rows]).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="none").view(len(rows), -1).mean(dim=1)
+        loss = _cross_entropies(logits, y[rows])
         gradients = torch.autograd.grad(loss.sum(), weights)
         losses.append(loss.detach())
         if math.isfinite(max_norm):
@@ -150,6 +158,11 @@ def train_many(
 def _two_layers(weights: list[Tensor], x: Tensor) -> Tensor:
     w1, b1, w2, b2 = weights
     return torch.baddbmm(b2, torch.baddbmm(b1, x.to(w1.dtype), w1).relu(), w2)
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the rows, for each network: logits (n, m, k), labels (n, m) -> (n,)."""
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
 
 
 def variance_components(table: Tensor) -> dict[str, float]:

@@ -71,6 +71,8 @@ def test_networks_side_by_side_are_those_trained_alone(max_norm):
     for i in range(3):
         alone = by_torch([w[i] for w in weights], x, y, orders[:, i], lrs[i].item(), 0.9, max_norm)
         assert torch.allclose(many.predict(x)[i], alone(x), atol=1e-4)
+        assert many.loss(x, y)[i].item() == pytest.approx(F.cross_entropy(alone(x), y).item(), abs=1e-4)
+        assert many.accuracy(x, y)[i].item() == stability.accuracy(alone, x, y)
     assert many.losses.shape == (12, 3) and torch.equal(weights[1], torch.zeros(3, 1, 5))
 
 
