@@ -163,9 +163,9 @@ def course(tmp_path) -> Course:
     return Course(tmp_path)
 
 
-def stored_report(folder: Path) -> tuple[compose.Report, runner.Build]:
-    """The committed course, its stored outputs taken for those of a build in `folder`: real pages within seconds."""
-    course, build = chapters.read_all(), runner.Build(folder)
+def stored_report(folder: Path, course: list[chapters.Chapter] | None = None) -> tuple[compose.Report, runner.Build]:
+    """Chapters (the committed ones), their stored outputs taken for those of a build in `folder`: real pages within seconds."""
+    course, build = course or chapters.read_all(), runner.Build(folder)
     for chapter in course:
         build.notebook(chapter.name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(chapter.path, build.notebook(chapter.name))

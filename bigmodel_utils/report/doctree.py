@@ -50,8 +50,7 @@ class CleanOutputs(SphinxTransform):
         outputs = (box for box in self.document.findall(nodes.container) if box.get("nb_element") == "cell_code_output")
         for output in outputs:
             for raw in list(output.findall(nodes.raw)):
-                cleaned = clean_html(raw.astext()) if "html" in raw["format"].split() else ""
-                raw.replace_self(nodes.raw("", cleaned, format="html") if cleaned.strip() else [])
+                raw.children = [nodes.Text(clean_html(raw.astext()))]
             for link in list(output.findall(nodes.reference)):
                 if urlparse(link.get("refuri", "")).scheme not in SCHEMES | {""}:
                     link.replace_self(link.children)

@@ -1,6 +1,6 @@
 // What is wider than its box is scrolled by arrow keys, so Tab must stop there; what fits is no stop.
 function stopAtScrollers() {
-  for (const box of document.querySelectorAll(".bd-article table, .bd-article div.math")) {
+  for (const box of document.querySelectorAll(".bd-article table, .bd-article .math")) {
     if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
