@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+
+from bigmodel_utils import results
 
 # Okabe and Ito's palette, distinguishable under the common colour-vision deficiencies
 # (Okabe and Ito 2008, "Color Universal Design"); yellow is left out, since it is faint on white.
@@ -42,7 +45,8 @@ def set_theme() -> None:
     except ImportError:
         return
     if get_ipython() is not None:
-        set_matplotlib_formats("retina")
+        as_svg = ["svg"] if results.OUTPUT_VARIABLE in os.environ else []  # the report shows the smaller file of the two
+        set_matplotlib_formats("retina", *as_svg, metadata={"Date": None})
 
 
 def label_line(ax: Axes, x: float, y: float, text: str, color: str, **style) -> None:

@@ -3,7 +3,7 @@
 project = "Large models, measured"
 author = "the course's authors"
 copyright = "the course's authors; text CC BY 4.0, code MIT"
-extensions = ["myst_nb", "sphinx-mathjax-offline"]
+extensions = ["myst_nb", "sphinx-mathjax-offline", "sphinx_copybutton", "bigmodel_utils.report.doctree"]
 language = "en"
 
 nb_execution_mode = "off"  # the runner executed them
@@ -11,6 +11,10 @@ nb_render_markdown_format = "myst"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+mathjax3_config = {
+    "loader": {"load": ["ui/safe"]},  # no macros that make links, styles or identifiers: outputs may hold mathematics, too
+    "options": {"enableMenu": False},  # each of hundreds of formulas would be a stop of the Tab key
+}
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "sphinx_book_theme"
@@ -22,8 +26,10 @@ html_theme_options = {
     "navigation_with_keys": False,
     "navbar_persistent": [],
 }
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_static_path = ["static"]
 html_css_files = ["course.css"]
+html_js_files = ["course.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None

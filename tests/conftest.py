@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel_utils.report import chapters
+from bigmodel_utils import results
+from bigmodel_utils.report import chapters, compose, html, lint, runner
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -181,3 +183,38 @@ def built(tmp_path_factory) -> Course:
 def course(tmp_path) -> Course:
     """A course that was never built."""
     return Course(tmp_path)
+
+
+def stored_report(folder: Path, course: list[chapters.Chapter] | None = None) -> tuple[compose.Report, runner.Build]:
+    """Chapters (the committed ones), their stored outputs taken for those of a build in `folder`: real pages within seconds."""
+    course, build = course or chapters.read_all(), runner.Build(folder)
+    for chapter in course:
+        build.notebook(chapter.name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(chapter.path, build.notebook(chapter.name))
+        provenance = {"parameters": chapter.parameters(), "date": "2026-01-01T00:00:00+00:00", "commit": None, "dirty": None}
+        provenance |= {"python": "3", "versions": {}, "hardware": results.hardware(), "device": "cpu", "seconds": 1.0}
+        provenance |= {"peak_memory_bytes": 1, "predicted": None}
+        record = {"values": {}, "claims": list(lint.stored_claims(chapter).values()), "provenance": provenance}
+        record["sha256"] = results._checksum(record)
+        results.write_atomically(build.results(chapter.name), json.dumps(record).encode())
+    return compose.read("small", course, build), build
+
+
+@pytest.fixture(scope="session")
+def stored_site(tmp_path_factory) -> Path:
+    """The HTML site of the committed course with its stored outputs."""
+    report, build = stored_report(tmp_path_factory.mktemp("stored"))
+    return html.build(report, build).parent
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser: the system's chromium."""
+    api = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -140,10 +141,44 @@ def _page(chapter: Chapter, record: dict[str, Any], build: Build, targets: Targe
         is_figure = bool(cell["metadata"].get("mystnb", {}).get("figure"))
         metadata = _numbered(cell["metadata"], next(numbers)) if is_figure else cell["metadata"]
         source = f"notebooks/{chapter.path.name}#{cell['id']} at commit {record['provenance']['commit']}"
-        cells.append(outcome | {"metadata": metadata, "outputs": figures.mark(outcome["outputs"], source)})
+        cells.append(outcome | {"metadata": metadata, "outputs": figures.mark(map(safe, outcome["outputs"]), source)})
         if "parameters" in tags(cell):
             cells += [extra | {"metadata": {}} for extra in injected]
     return Page(chapter, cells, record)
+
+
+KINDS = ("image/svg+xml", "image/png", "text/html", "text/markdown", "text/latex", "text/plain")  # nothing that runs
+DRAWS = re.compile(
+    r"\{http://www.w3.org/2000/svg\}(svg|g|defs|style|path|use|text|tspan|rect|circle|ellipse|line|polyline|polygon|image|clipPath"
+    r"|marker|linearGradient|radialGradient|stop|pattern|mask|title|desc|metadata)|\{(?!http://www.w3.org/)[^}]+\}\w+"
+    r"|\{http://www.w3.org/1999/02/22-rdf-syntax-ns#\}\w+"
+)
+WITHIN = re.compile(r"#.*|data:image/(png|jpeg);base64,.*", re.DOTALL)
+
+
+def safe(output: dict[str, Any]) -> dict[str, Any]:
+    """An output with the kinds of data that pages show, and SVG only where it is a drawing."""
+    if "data" not in output:
+        return output
+    data = {kind: content for kind, content in output["data"].items() if kind in KINDS}
+    if not is_drawing("".join(data.get("image/svg+xml", ""))):
+        data.pop("image/svg+xml", None)
+    return output | {"data": data}
+
+
+def is_drawing(svg: str) -> bool:
+    """Whether some SVG holds shapes, text and pictures of its own alone: no script, no event, nothing from elsewhere."""
+    try:
+        elements = list(ElementTree.fromstring(svg).iter())
+    except ElementTree.ParseError:
+        return False
+    attributes = [(name.rpartition("}")[2].lower(), value) for element in elements for name, value in element.items()]
+    styles = "".join([value for _, value in attributes] + [element.text or "" for element in elements])
+    return (
+        all(DRAWS.fullmatch(element.tag) for element in elements)
+        and all(not name.startswith("on") and (name != "href" or WITHIN.fullmatch(value)) for name, value in attributes)
+        and not re.search(r"@import|url\(\s*['\"]?(?!#)|javascript:", styles, re.IGNORECASE)
+    )
 
 
 def _numbered(metadata: dict[str, Any], number: str) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from bigmodel_utils import claims
-from bigmodel_utils.report import bootstrap, chapters
+from bigmodel_utils.report import bootstrap, chapters, environment
 from bigmodel_utils.report.chapters import Chapter, tags, text
 
 UNIT = r"(?:%|×|times\b|s\b|ms\b|µs\b|min(?:utes?)?\b|seconds?\b|hours?\b|[kMGT]i?B\b|bytes\b|[GT]?FLOPs?(?:/s)?\b|samples/s\b)"
@@ -17,6 +18,7 @@ NUMBERED = re.compile(
 )
 ANY_LINK = re.compile(r"!?\[[^\]]*\]\([^)]*\)")
 CLAIM_OF = re.compile(r"\]\((\d\d_\w+\.ipynb)#")
+WORDLESS = re.compile(r"(?<!!)\[((?:\s|\$[^$]+\$)*)\]\([^)]*\)")
 MACHINE_PATH = re.compile(r"(?:/home/|/Users/|/root/|/tmp/|/content/(?!bigmodel|constraints)|[A-Z]:\\\\)")
 
 
@@ -50,7 +52,7 @@ def structure(chapter: Chapter) -> list[str]:
 
 
 def outputs(chapter: Chapter) -> list[str]:
-    """Stored outputs: there, in order, without errors, stderr or paths of a machine."""
+    """Stored outputs: there, in order, without errors, stderr, secrets or paths of a machine."""
     errors = []
     for number, cell in enumerate(chapter.cells("code"), start=1):
         if cell["execution_count"] != number:
@@ -63,6 +65,8 @@ def outputs(chapter: Chapter) -> list[str]:
                 errors.append(f"code cell {number} ends in {output['ename']}")
             if output.get("name") == "stderr":
                 errors.append(f"code cell {number} writes to stderr: {shown.strip()[:80]!r}")
+            leaked = [name for name, value in environment.secrets(os.environ).items() if value in shown]
+            errors += [f"code cell {number} shows the value of the environment's {name}" for name in leaked]
             if MACHINE_PATH.search(shown):
                 errors.append(f"code cell {number} shows a path of one machine: {MACHINE_PATH.search(shown).group()}")
     return errors
@@ -91,6 +95,12 @@ def prose(chapter: Chapter) -> list[str]:
         stated = chapters.outside_code_and_math(ANY_LINK.sub("", text(cell)), _mask_measured)
         errors += [f"the prose states {number!r} without a claim: ...{around}..." for number, around in _masked(stated)]
     return errors
+
+
+def links(chapter: Chapter) -> list[str]:
+    """Every link has words that a screen reader can read out: mathematics or a picture alone is none."""
+    shown = [match[1] for cell in chapter.cells("markdown") for match in WORDLESS.finditer(text(cell))]
+    return [f"the link {words!r} has no words: say where it leads" for words in shown]
 
 
 def _mask_measured(piece: str) -> str:
@@ -128,4 +138,4 @@ def known_claims(chapter: Chapter) -> dict[str, dict]:
     return {id: claim for stored in (*cited, claims.stored(chapter.notebook)) for id, claim in stored.items()}
 
 
-CHECKS = (normal_form, structure, outputs, figures, prose, equations)
+CHECKS = (normal_form, structure, outputs, figures, prose, links, equations)

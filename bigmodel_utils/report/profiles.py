@@ -64,7 +64,10 @@ def with_overrides(profile: Profile, overrides: list[str], course: list[chapters
             raise ReportError(f"cannot read the parameter {override!r}: write notebook.parameter=value")
         if notebook not in by_name:
             raise ReportError(f"unknown notebook {notebook!r}{_meant(notebook, list(by_name))}")
-        given = {parameter: yaml.safe_load(value)}
+        try:
+            given = {parameter: yaml.safe_load(value)}
+        except yaml.YAMLError:
+            raise ReportError(f"cannot read the value of {override!r}: it is not a plain YAML value") from None
         _check_parameters(f"notebook {notebook!r}", given, by_name[notebook].parameters())
         parameters.setdefault(notebook, {}).update(given)
     return Profile(profile.name, profile.description, profile.cell_timeout_s, parameters)

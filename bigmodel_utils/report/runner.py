@@ -26,6 +26,7 @@ from pathlib import Path
 from bigmodel_utils import results
 from bigmodel_utils.report import ReportError, chapters
 from bigmodel_utils.report.chapters import Chapter
+from bigmodel_utils.report.environment import visible
 from bigmodel_utils.report.profiles import Profile
 
 
@@ -213,7 +214,7 @@ def _begin(chapter: Chapter, profile: Profile, build: Build, memory_limit_bytes:
     work = build.work(chapter.name)
     work.mkdir(parents=True)
     (work / "profile.json").write_text(json.dumps(vars(profile)))
-    environment = os.environ | {results.OUTPUT_VARIABLE: str(work), results.UPSTREAM_VARIABLE: str(build.folder)}
+    environment = visible(os.environ) | {results.OUTPUT_VARIABLE: str(work), results.UPSTREAM_VARIABLE: str(build.folder)}
     environment |= {"TQDM_DISABLE": "1"}  # nobody watches, and a bar would stay in the outputs
     command = [sys.executable, "-m", "bigmodel_utils.report", "execute", str(chapter.path), str(work)]
     command += ["--memory-bytes", str(memory_limit_bytes or 0.9 * psutil.virtual_memory().available)]
