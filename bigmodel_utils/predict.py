@@ -486,7 +486,7 @@ def _next_logits(model: nn.Module, tokens: Tensor, cache) -> Tensor:
         # A single token is too little work to share: waiting for another thread takes longer than it saves.
         with devices.threads(1 if new.numel() == 1 else torch.get_num_threads()):
             logits = model(new, cache)[:, -1]
-    if not logits.amax() < math.inf:  # true for NaN, too
+    if not (logits < math.inf).all():  # NaN is not below it, either; XLA's max would pass over NaN
         raise ValueError("the model's logits are NaN or infinite: did its training diverge?")
     return logits
 
