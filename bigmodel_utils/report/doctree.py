@@ -14,9 +14,11 @@ from urllib.parse import urlparse
 
 import nh3
 from docutils import nodes
-from PIL import Image
+from PIL import ExifTags, Image
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+
+from bigmodel_utils.report import figures
 
 TAGS = nh3.ALLOWED_TAGS | {"audio", "source"}
 ATTRIBUTES = nh3.ALLOWED_ATTRIBUTES | {
@@ -78,7 +80,9 @@ class SmallFigures(SphinxTransform):
             png, path = self._picture(forms["image/png"])
             webp = path.with_suffix(".webp")
             if not webp.is_file():
-                Image.open(path).convert("RGB").save(webp, lossless=True, quality=75, method=1)
+                picture, source = Image.open(path), Image.Exif()
+                source[ExifTags.Base.ImageDescription] = picture.text.get(figures.KEYWORD.decode(), "")
+                picture.convert("RGB").save(webp, lossless=True, quality=75, method=1, exif=source)
             png["uri"] = png["uri"].removesuffix(".png") + ".webp"
             if "image/svg+xml" not in forms:
                 continue

@@ -1,27 +1,30 @@
-"""Figures that say where they come from: the source cell and the commit, written into the PNG itself."""
+"""Figures that say where they come from: the source cell and the commit, written into the PNG or SVG itself."""
 
 from __future__ import annotations
 
 import base64
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEYWORD = b"Provenance"
 
 
-def mark(outputs: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """A cell's outputs, each PNG among them with a text that names its source; the pixels stay as they are."""
-    return [_marked(output, source) for output in outputs]
+def mark(outputs: Iterable[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """A cell's outputs, each PNG and SVG among them with a text that names its source; what they show stays as it is."""
+    return [output | {"data": _marked(output["data"], source)} if "data" in output else output for output in outputs]
 
 
-def _marked(output: dict[str, Any], source: str) -> dict[str, Any]:
-    encoded = output.get("data", {}).get("image/png")
-    if encoded is None:
-        return output
-    image = with_text(base64.b64decode(encoded), source)
-    return output | {"data": output["data"] | {"image/png": base64.b64encode(image).decode() + "\n"}}
+def _marked(data: dict[str, Any], source: str) -> dict[str, Any]:
+    marked = {}
+    if "image/png" in data:
+        marked["image/png"] = base64.b64encode(with_text(base64.b64decode(data["image/png"]), source)).decode() + "\n"
+    if "image/svg+xml" in data:
+        before, end, after = "".join(data["image/svg+xml"]).rpartition("</svg>")
+        marked["image/svg+xml"] = f"{before}<!-- {KEYWORD.decode()}: {source} -->\n{end}{after}"
+    return data | marked
 
 
 def with_text(png: bytes, text: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bigmodel_utils import results
-from bigmodel_utils.report import chapters, profiles, runner
+from bigmodel_utils.report import chapters, execute, profiles
 
 pytest.importorskip("torch_xla", reason="torch_xla is not installed here: `make test-xla` has its own environment")
 
@@ -22,6 +23,7 @@ def run(name: str, device_name: str, folder: Path, patch: pytest.MonkeyPatch) ->
     """Execute a notebook at its smoke sizes on that device; the losses of each training."""
     course = chapters.read_all()
     profile = profiles.with_overrides(profiles.load("smoke", course), [f"{name}.device_name={device_name}"], course)
+    profile = dataclasses.replace(profile, cell_timeout_s=1800)  # XLA compiles each length of text that it samples
     chapter = next(chapter for chapter in course if chapter.name == name)
     cells = chapter.notebook["cells"]
     start = next(index for index, cell in enumerate(cells) if "notebook.start(" in chapters.text(cell))
@@ -34,7 +36,7 @@ def run(name: str, device_name: str, folder: Path, patch: pytest.MonkeyPatch) ->
     patch.setenv(results.OUTPUT_VARIABLE, str(work))
     patch.setenv("TQDM_DISABLE", "1")
     try:
-        runner.execute(chapters.read(path), profile, work)
+        execute.execute(chapters.read(path), profile, work, float("inf"))
     except SystemExit:
         pytest.fail(f"{name} failed on {device_name}: {json.loads((work / 'status.json').read_text())['error']}")
     assert results.read(work / "results" / f"{name}.json")["provenance"]["device"].partition(":")[0] == device_name
