@@ -106,3 +106,18 @@ def test_a_number_rounded_for_prose_agrees_and_the_next_one_does_not(value, n_de
     assert claims.prose_errors(f"[{shown}](#00-x)", claim) == []
     other = f"{float(shown) + 2 * 10**-n_decimals:.{n_decimals}f}"
     assert claims.prose_errors(f"[{other}](#00-x)", claim)
+
+
+def test_the_outcome_is_the_verdict_or_what_became_of_a_number():
+    found = [
+        claims.check("00-a", "s", 1, 1, 0, "src"),
+        claims.check("00-b", "s", 2, 1, 0, "src"),
+        claims.check("00-c", "s", 2, 1, 0, "src", tested=False),
+        claims.judge("00-d", "s", {"x": True, "y": False}, "src"),
+        claims.judge("00-e", "s", {"x": False}, "src"),
+        claims.judge("00-f", "s", {"x": True}, "src"),
+        claims.judge("00-g", "s", {"x": True}, "src", tested=False),
+    ]
+    outcomes = [claim.outcome for claim in found]
+    assert outcomes == ["holds", "fails", "not tested", "supported with conditions", "not supported", "supported", "not tested"]
+    assert set(outcomes) == set(claims.OUTCOMES)

@@ -75,6 +75,13 @@ def test_an_hour_takes_an_hour_and_a_day_a_day():
     assert [step["chapter"] for step in paths["semester"]["steps"]] == list(BY_NAME)
 
 
+@pytest.mark.parametrize("n_chapters", [1, 13, 14, 16, 20])
+def test_a_semester_has_fourteen_weeks(n_chapters):
+    found = course.weeks(n_chapters)
+    assert found == sorted(found) and set(found) == set(range(1, min(n_chapters, 14) + 1))
+    assert max(found.count(week) for week in found) <= 2
+
+
 def test_a_path_goes_forward_and_its_sections_are_there():
     for path in course.paths(ROOT, COURSE).values():
         names = [step["chapter"] for step in path["steps"]]

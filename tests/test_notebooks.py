@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -69,6 +70,7 @@ MUTANTS = {
     "an unclaimed percentage": (lambda n: n["cells"].append(markdown("It is 12 % better.") | {"id": "z"}), "states '12 %' without a claim"),
     "an unclaimed ratio": (lambda n: n["cells"].append(markdown("It is 3 times faster.") | {"id": "z"}), "states '3 times' without a claim"),
     "an unknown claim": (lambda n: n["cells"].append(markdown("It is [2](#00-nothing).") | {"id": "z"}), "claim '00-nothing', which no cell checks"),
+    "an unknown claim of another notebook": (lambda n: n["cells"].append(markdown("It is [2](05_x.ipynb#05-nothing).") | {"id": "z"}), "claim '05-nothing', which no cell checks"),
     "a number that the claim does not bear": (change_claim, "whose value is 987.654"),
     "an equation number twice": (lambda n: n["cells"].append(markdown("$$\nx \\tag{0.1}\n$$\n$$\nx \\tag{0.1}\n$$") | {"id": "z"}), "equations are numbered"),
     "a missing equation": (lambda n: n["cells"].append(markdown("See (0.99).") | {"id": "z"}), "refers to equation (0.99)"),
@@ -84,6 +86,20 @@ MUTANTS = {
 def test_the_checks_find(name, tmp_path):
     change, message = MUTANTS[name]
     assert message in "\n".join(broken(tmp_path, change))
+
+
+def test_a_claim_of_another_notebook_is_held_to_that_notebook(tmp_path):
+    shutil.copy(NOTEBOOKS[1], tmp_path)
+    other = chapters.read(NOTEBOOKS[1])
+    id, claim = next((id, claim) for id, claim in lint.claims.stored(other.notebook).items() if claim["value"])
+    right, wrong = f"{claim['value']:.3g}", "987.65"
+
+    def errors(number: str) -> list[str]:
+        cell = markdown(f"It is [{number}]({NOTEBOOKS[1].name}#{id}).") | {"id": "z"}
+        return [error for error in broken(tmp_path, lambda n: n["cells"].append(cell)) if "the prose" in error]
+
+    assert errors(right) == []
+    assert f"the prose says '987.65' for claim '{id}'" in "\n".join(errors(wrong))
 
 
 def test_numbers_that_are_no_measurements_are_let_pass(tmp_path):

@@ -142,8 +142,8 @@ def check_layout(document, margin_mm: float = 15) -> None:
 
 def test_links_are_left_alone_in_code_and_mathematics():
     targets = compose.Targets({"3.1": "fig-a"}, {"3.1"})
-    source = "`Figure 3.1` $f (3.1)$ Figure 3.1 (3.1) [Figure 3.1](#other) [see (3.1)](#03-a) Figure 3.2 (3.2) f(3.1)\n\n```\n(3.1)\n```\n"
-    expected = "`Figure 3.1` $f (3.1)$ [Figure 3.1](#fig-a) [(3.1)](#eq-3-1) [Figure 3.1](#other) [see (3.1)](#claim-03-a) Figure 3.2 (3.2) f(3.1)\n\n```\n(3.1)\n```\n"
+    source = "`Figure 3.1` $f (3.1)$ Figure 3.1 (3.1) [Figure 3.1](#other) [see (3.1)](04_x.ipynb#03-a) [no](#03-b) Figure 3.2 (3.2) f(3.1)\n\n```\n(3.1)\n```\n"
+    expected = "`Figure 3.1` $f (3.1)$ [Figure 3.1](#fig-a) [(3.1)](#eq-3-1) [Figure 3.1](#other) [see (3.1)](#claim-03-a) [no](#03-b) Figure 3.2 (3.2) f(3.1)\n\n```\n(3.1)\n```\n"
     assert compose.link(source, {"03-a"}, targets) == expected
 
 

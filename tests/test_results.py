@@ -97,3 +97,26 @@ def test_a_notebook_that_cannot_fit_is_refused_before_it_runs(run, capsys):
 def test_an_unknown_device_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown device 'gpu0'; use auto, cpu"):
         notebook.start("07_try", {"device_name": "gpu0"})
+
+
+def test_published_claims_are_those_of_the_build_or_else_of_the_committed_outputs(run, tmp_path, monkeypatch):
+    course = tmp_path / "course"
+    (course / "notebooks").mkdir(parents=True)
+    stored = claims.Claim("03-one", "s", 1.0, 1.0, 0.0, "==", "src", "pass")
+    output = {"output_type": "display_data", "data": {}, "metadata": {"claim": vars(stored)}}
+    for name in ("03_other", "07_try"):  # the second is the notebook that runs
+        cells = [{"cell_type": "code", "outputs": [output]}]
+        (course / "notebooks" / f"{name}.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(results, "course_folder", lambda: course)
+    assert results.published_claims() == [stored]
+
+    claims.check("03-one", "s", 2, 1, 0, "src")
+    path = results.save({})
+    monkeypatch.setenv(results.UPSTREAM_VARIABLE, str(tmp_path))
+    with pytest.raises(results.ResultsError, match=r"03_other\.json is missing"):
+        results.published_claims()
+    path.rename(path.with_name("03_other.json"))
+    assert [(claim.value, claim.status) for claim in results.published_claims()] == [(2.0, "fail")]
+
+    monkeypatch.setattr(results, "course_folder", lambda: None)
+    assert results.published_claims() == []

@@ -19,6 +19,7 @@ from bigmodel_utils.report.chapters import Chapter, tags, text
 
 WORDS_PER_MINUTE = 150  # technical prose, with its figures and formulas
 MINUTES_PER_EXERCISE = 12
+WEEKS = 14  # of a semester
 EXERCISE = re.compile(r"^### Exercise (\d+\.\d+): (.+)$", re.MULTILINE)
 QUESTION = re.compile(r"^\*\*Question (\d+)\.\*\* (.+)$", re.MULTILINE)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of bigmodel_utils.plot
@@ -129,14 +130,20 @@ def step_minutes(step: dict[str, Any], course: dict[str, Chapter]) -> float:
 def paths(folder: Path, course: list[Chapter]) -> dict[str, dict]:
     """The ways through the course of report/paths.yaml, their steps those whose chapters are there.
 
-    A path without steps takes every chapter in order, one a week.
+    A path without steps takes every chapter in order, one a week; the first weeks take two, where there are too many.
     """
     known = [chapter.name for chapter in course]
     found = yaml.safe_load((folder / "report" / "paths.yaml").read_text(encoding="utf-8"))
     for path in found.values():
-        steps = path.get("steps") or [{"chapter": name, "why": f"week {week}"} for week, name in enumerate(known, start=1)]
+        steps = path.get("steps") or [{"chapter": name, "why": f"week {week}"} for name, week in zip(known, weeks(len(known)))]
         path["steps"] = [step for step in steps if step["chapter"] in known]
     return found
+
+
+def weeks(n_chapters: int) -> list[int]:
+    """The week of each chapter in a semester of WEEKS weeks."""
+    n_pairs = max(0, n_chapters - WEEKS)
+    return [position // 2 + 1 if position < 2 * n_pairs else position - n_pairs + 1 for position in range(n_chapters)]
 
 
 def pages(report: Any) -> dict[str, str]:
