@@ -1,5 +1,6 @@
 """The report as its readers meet it: every page in a real browser, in both themes, on a phone, by keyboard, by ear."""
 
+import base64
 import os
 import re
 import urllib.request
@@ -7,11 +8,14 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
-from conftest import NOTEBOOKS
+from conftest import NOTEBOOKS, code, markdown, stored_report, write_notebook
+from PIL import Image
 from test_pages import Page, dead_links
 
-from bigmodel_utils.report import chapters
+from bigmodel_utils.report import chapters, html
 
 CHAPTERS = [path.stem for path in NOTEBOOKS]
 PAGES = [*CHAPTERS, "index", "ledger", "references", "glossary", "licence"]
@@ -112,6 +116,32 @@ def test_figures_are_there_sized_and_described(visit):
     ):
         assert len(image["alt"]) > 10
         assert float(image["width"]) / float(image["height"]) == pytest.approx(image["ratio"], rel=0.02)
+
+
+def figure(tmp_path, draw) -> dict:
+    """What a notebook of the report shows for a figure: PNG of twice the resolution, and SVG."""
+    fig, ax = plt.subplots(figsize=(7, 3.6))
+    draw(ax)
+    kept = {}
+    for kind, mime, dpi in (("png", "image/png", 200), ("svg", "image/svg+xml", 100)):
+        fig.savefig(tmp_path / f"figure.{kind}", dpi=dpi, metadata={"Date": None})
+        content = (tmp_path / f"figure.{kind}").read_bytes()
+        kept[mime] = base64.b64encode(content).decode() if kind == "png" else content.decode()
+    plt.close(fig)
+    return {"output_type": "display_data", "data": kept, "metadata": {"image/png": {"width": 700, "height": 360}}}
+
+
+def test_a_figure_is_shown_in_its_smallest_form_and_unchanged(tmp_path):
+    line = figure(tmp_path, lambda ax: ax.plot(np.random.default_rng(0).random((50, 2))))
+    cloud = figure(tmp_path, lambda ax: ax.scatter(*np.random.default_rng(0).random((2, 5000)), s=1))
+    shown = [code("pass") | {"execution_count": 1, "outputs": [output]} for output in (line, cloud)]
+    write_notebook(tmp_path / "03_figures.ipynb", [markdown("# 3 Figures"), code("seed = 0", "parameters"), *shown])
+    page = html.build(*stored_report(tmp_path, [chapters.read(tmp_path / "03_figures.ipynb")])).with_name("03_figures.html")
+    small, large = Page(page).images
+    assert small["src"].endswith(".svg") and large["src"].endswith(".webp")
+    assert all((image["width"], image["height"]) == ("700", "360") for image in (small, large))
+    pixels = np.asarray(Image.open(page.parent / large["src"]).convert("RGB"))
+    assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")))
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -150,14 +150,6 @@ def test_a_drawing_is_shown_only_if_it_draws_and_does_nothing_else(inside, is_sa
     assert compose.is_drawing(DRAWING.format(inside)) == is_safe
 
 
-def test_the_smaller_form_of_a_figure_is_shown():
-    svg, size = DRAWING.format("<path d='M0 0'/>"), {"image/png": {"width": 700, "height": 300}}
-    figure = {"output_type": "display_data", "data": {"image/png": "A" * 2000, "image/svg+xml": svg}, "metadata": size}
-    shown = html.smaller(figure)
-    assert shown["data"] == {"image/svg+xml": svg} and shown["metadata"]["image/svg+xml"] == size["image/png"]
-    assert html.smaller(figure | {"data": {"image/png": "AAAA", "image/svg+xml": svg}})["data"] == {"image/png": "AAAA"}
-
-
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "planted-4f1c9a",
     "GITHUB_TOKEN": "planted-77ab02",

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from bigmodel_utils.report import ReportError, chapters, compose
 from bigmodel_utils.report.compose import Page, Report
@@ -52,19 +51,8 @@ def _notebook(page: Page) -> dict:
 
 def _html_cell(cell: chapters.Cell) -> chapters.Cell:
     if cell["cell_type"] == "code":
-        return cell | {"outputs": [smaller(output) for output in cell["outputs"]]}
+        return cell
     return cell | {"source": _targets(compose.label_equations(chapters.text(cell)))}
-
-
-def smaller(output: dict[str, Any]) -> dict[str, Any]:
-    """A figure in one form: as SVG where that is a smaller file than the PNG, at the PNG's size on the page."""
-    data = output.get("data", {})
-    if not {"image/svg+xml", "image/png"} <= data.keys():
-        return output
-    svg_bytes, png_bytes = len("".join(data["image/svg+xml"]).encode()), len("".join(data["image/png"])) * 3 / 4  # of base64
-    larger = "image/png" if svg_bytes < png_bytes else "image/svg+xml"
-    size = {"image/svg+xml": output["metadata"].get("image/png", {})}
-    return output | {"data": {kind: data[kind] for kind in data if kind != larger}, "metadata": output["metadata"] | size}
 
 
 def _targets(markdown: str) -> str:
