@@ -120,7 +120,7 @@ def test_figures_are_there_sized_and_described(visit):
 
 def figure(tmp_path, draw) -> dict:
     """What a notebook of the report shows for a figure: PNG of twice the resolution, and SVG."""
-    fig, ax = plt.subplots(figsize=(3, 2))
+    fig, ax = plt.subplots(figsize=(7, 3.6))
     draw(ax)
     kept = {}
     for kind, mime, dpi in (("png", "image/png", 200), ("svg", "image/svg+xml", 100)):
@@ -128,18 +128,18 @@ def figure(tmp_path, draw) -> dict:
         content = (tmp_path / f"figure.{kind}").read_bytes()
         kept[mime] = base64.b64encode(content).decode() if kind == "png" else content.decode()
     plt.close(fig)
-    return {"output_type": "display_data", "data": kept, "metadata": {"image/png": {"width": 300, "height": 200}}}
+    return {"output_type": "display_data", "data": kept, "metadata": {"image/png": {"width": 700, "height": 360}}}
 
 
 def test_a_figure_is_shown_in_its_smallest_form_and_unchanged(tmp_path):
-    line = figure(tmp_path, lambda ax: ax.plot([0, 1]))
+    line = figure(tmp_path, lambda ax: ax.plot(np.random.default_rng(0).random((50, 2))))
     cloud = figure(tmp_path, lambda ax: ax.scatter(*np.random.default_rng(0).random((2, 5000)), s=1))
     shown = [code("pass") | {"execution_count": 1, "outputs": [output]} for output in (line, cloud)]
     write_notebook(tmp_path / "03_figures.ipynb", [markdown("# 3 Figures"), code("seed = 0", "parameters"), *shown])
     page = html.build(*stored_report(tmp_path, [chapters.read(tmp_path / "03_figures.ipynb")])).with_name("03_figures.html")
     small, large = Page(page).images
     assert small["src"].endswith(".svg") and large["src"].endswith(".webp")
-    assert all((image["width"], image["height"]) == ("300", "200") for image in (small, large))
+    assert all((image["width"], image["height"]) == ("700", "360") for image in (small, large))
     pixels = np.asarray(Image.open(page.parent / large["src"]).convert("RGB"))
     assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")))
 

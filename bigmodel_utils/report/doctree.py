@@ -51,7 +51,7 @@ def clean_html(html: str) -> str:
 class CleanOutputs(SphinxTransform):
     """Clean what the outputs hold, as the parsers left it: raw HTML in any form, links, and images from elsewhere."""
 
-    default_priority = 900  # after the parsers and before the page is stored
+    default_priority = 800  # after the parsers, before Sphinx collects the pictures (880)
 
     def apply(self, **kwargs: Any) -> None:
         """Change the document in place."""
@@ -69,7 +69,7 @@ class CleanOutputs(SphinxTransform):
 class SmallFigures(SphinxTransform):
     """Show each figure in the smallest of its forms: SVG, or the PNG's pixels as lossless WebP; both at the PNG's size."""
 
-    default_priority = 910  # of cleaned outputs
+    default_priority = 810
 
     def apply(self, **kwargs: Any) -> None:
         """Change the document in place."""
@@ -99,7 +99,7 @@ class NumberEquations(SphinxTransform):
     r"""Hand equations with a \tag to MathJax as they are: Sphinx would put those of several rows into an environment that
     takes no tag."""
 
-    default_priority = 900
+    default_priority = 810
 
     def apply(self, **kwargs: Any) -> None:
         """Change the document in place."""
