@@ -272,9 +272,8 @@ def test_a_killed_local_worker_costs_its_own_run_alone(tmp_path):
     assert 3 <= len(finished) < 8
     table = sweep.run_all(runs, tmp_path, n_jobs=2, train_one=slow_run)
     assert list(table.loss) == [seed / 7 for seed in range(8)]
-    kept = [seed for seed in range(8) if count(log, "begin")[seed] == 1]
-    assert len(kept) >= 6 and set(finished) - set(kept) <= {s for s in finished if count(log, "begin")[s] == 2}
-    assert sum(count(log, "end").values()) <= 9  # at most the run of the other worker was stopped between its end and its file
+    again = sum(count(log, "begin").values()) - 8
+    assert 1 <= again <= 2, "begun twice: the killed run, and that of the other worker, which joblib stops with it"
 
 
 @pytest.mark.filterwarnings("default")  # distributed tells of the killed worker by warnings of its own
