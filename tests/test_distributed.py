@@ -249,6 +249,11 @@ def test_a_link():
             communication.Link("wire", **wrong)
 
 
+def test_the_gpus_link_is_that_of_the_table_of_accelerators():
+    both_directions = scaling.accelerators().loc["h100-sxm", "link_bytes_per_s"]
+    assert 2 * communication.LINKS["nvlink"].bytes_per_s == both_directions
+
+
 def test_step_times_are_sums_of_messages():
     """Message by message: each of a ring's steps, each layer's four sums, a pipeline's way there and back."""
     link = communication.Link("wire", 100.0, 0.25)
