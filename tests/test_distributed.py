@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -121,9 +122,12 @@ def test_without_restarts_a_killed_rank_is_an_error(tmp_path):
         distributed.run({"train": {"folder": str(tmp_path), "killed_rank": 1, "killed_at": 1}}, n_ranks=2)
 
 
-def test_a_hanging_rank_is_ended_and_reported():
+def test_a_hanging_rank_is_ended_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(distributed.LaunchError, match="did not end within 8 s"):
         distributed.run({"bubble": {"forward_s": 1000, "n_microbatches": [2]}}, n_ranks=2, timeout_s=8)
+    assert not list(tmp_path.iterdir())
     assert not [child for child in psutil.Process().children(recursive=True) if "torch" in " ".join(child.cmdline())]
 
 
