@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -121,9 +122,12 @@ def test_without_restarts_a_killed_rank_is_an_error(tmp_path):
         distributed.run({"train": {"folder": str(tmp_path), "killed_rank": 1, "killed_at": 1}}, n_ranks=2)
 
 
-def test_a_hanging_rank_is_ended_and_reported():
+def test_a_hanging_rank_is_ended_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(distributed.LaunchError, match="did not end within 8 s"):
         distributed.run({"bubble": {"forward_s": 1000, "n_microbatches": [2]}}, n_ranks=2, timeout_s=8)
+    assert not list(tmp_path.iterdir())
     assert not [child for child in psutil.Process().children(recursive=True) if "torch" in " ".join(child.cmdline())]
 
 
@@ -247,6 +251,11 @@ def test_a_link():
     for wrong in ({"bytes_per_s": 0, "latency_s": 1}, {"bytes_per_s": 1, "latency_s": -1}):
         with pytest.raises(ValueError, match="wire: a link has a positive bandwidth"):
             communication.Link("wire", **wrong)
+
+
+def test_the_gpus_link_is_that_of_the_table_of_accelerators():
+    both_directions = scaling.accelerators().loc["h100-sxm", "link_bytes_per_s"]
+    assert 2 * communication.LINKS["nvlink"].bytes_per_s == both_directions
 
 
 def test_step_times_are_sums_of_messages():

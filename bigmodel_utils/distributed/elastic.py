@@ -50,23 +50,22 @@ def train(
     model = GPT(config).to(device)
     wrapped = data.parallelize(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    saved = checkpoint.Folder(folder)
+    saved = checkpoint.Folder(folder, asynchronous=False)  # written before anyone takes the next step, and so before a kill
     begin, losses = _resume(saved, model, optimizer)
     batch = lambda step: _batch(seed, step, batch_size, length).to(device)  # noqa: E731
     _backward(wrapped, batch(begin), mesh)
     optimizer.zero_grad()
-    with saved:
-        for step in range(begin, n_steps):
-            if dist.get_rank() == killed_rank and step == killed_at and begin == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            loss = _backward(wrapped, batch(step), mesh)
-            optimizer.step()
-            optimizer.zero_grad()
-            dist.all_reduce(loss)
-            losses.append(loss.item() / mesh.size())
-            if (step + 1) % save_every == 0 and dist.get_rank() == 0:
-                tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-                saved.save(tree, step + 1)
+    for step in range(begin, n_steps):
+        if dist.get_rank() == killed_rank and step == killed_at and begin == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = _backward(wrapped, batch(step), mesh)
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / mesh.size())
+        if (step + 1) % save_every == 0 and dist.get_rank() == 0:
+            tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+            saved.save(tree, step + 1)
     return {"losses": losses, "sha256": _digest(model, optimizer), "resumed_at": begin}
 
 

@@ -59,6 +59,7 @@ def run(
         answer, log = Path(folder, "answer.json"), Path(folder, "log.txt")
         program = ["-m", "bigmodel_utils.distributed", "--out", str(answer), "--timeout", str(timeout_s), *as_words(jobs)]
         common = ["--nproc-per-node", str(n_ranks // n_nodes), "--max-restarts", str(max_restarts), "--monitor-interval", "0.1"]
+        common += ["--log-dir", folder]  # or torchrun leaves folders behind
         with log.open("w") as file:
             agents = [
                 _agent([*meeting, *common, *program], file, _own_gpus(node, n_nodes, n_ranks))
