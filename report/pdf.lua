@@ -121,7 +121,7 @@ local function sized_table(tbl)
       for line in (pandoc.utils.stringify(pandoc.Div(cell)) .. '\n'):gmatch('(.-)\n') do
         length = math.max(length, utf8.len(line) or #line)
       end
-      widths[column] = math.max(widths[column] or 3, math.min(length, 60))
+      widths[column] = math.max(widths[column] or 3, math.min(length, 120))
       for word in pandoc.utils.stringify(pandoc.Div(cell)):gmatch('%S+') do
         words[column] = math.max(words[column] or 3, math.min(#word, 14))
       end

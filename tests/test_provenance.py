@@ -13,7 +13,7 @@ from conftest import ROOT, Course, chapter_cells, light_cells
 from bigmodel_utils.report import ReportError, figures, publish, summary, verify
 from bigmodel_utils.report.runner import Build
 
-EPOCH = 1_700_000_000
+EPOCH = 1_800_000_000
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_manifest_is_an_ro_crate(twice):
     descriptor, root = entities["ro-crate-metadata.json"], entities["./"]
     assert descriptor["@type"] == "CreativeWork" and descriptor["about"] == {"@id": "./"}
     assert descriptor["conformsTo"] == {"@id": "https://w3id.org/ro/crate/1.1"}
-    assert root["@type"] == "Dataset" and root["datePublished"] == "2023-11-14T22:13:20+00:00"
+    assert root["@type"] == "Dataset" and root["datePublished"] == "2027-01-15T08:00:00+00:00"
     assert root["name"] and root["description"] and root["license"]
     for entity in entities.values():
         assert entity["@type"]
