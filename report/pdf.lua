@@ -41,7 +41,8 @@ local function inline_math(math)
   end
 end
 
--- An image alone in its paragraph is a figure: its caption is what stands in the brackets, its alternative text an attribute.
+-- An image alone in its paragraph is a figure: its caption is what stands in the brackets, its alternative text an attribute,
+-- or the caption's words.
 local function figure(image)
   local caption = pandoc.Plain(image.caption):walk({ Math = inline_math })
   local body = pandoc.write(pandoc.Pandoc({ caption }), 'typst'):gsub('%s+$', '')
@@ -50,7 +51,7 @@ local function figure(image)
     targets[image.identifier] = true
     label = ' <' .. image.identifier .. '>'
   end
-  return typst('#figure(image("' .. image.src .. '", alt: ' .. quoted(image.attributes.alt or '') .. '), caption: [' .. body .. '])' .. label)
+  return typst('#figure(image("' .. image.src .. '", alt: ' .. quoted(image.attributes.alt or pandoc.utils.stringify(image.caption)) .. '), caption: [' .. body .. '])' .. label)
 end
 
 local function paragraph(block)
