@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -45,6 +46,14 @@ def three() -> list[dict]:
     """Three ranks, and LLaMA's layout."""
     sizes = {"layout": "modern", "n_layers": 3, "n_heads": 6, "d_model": 72, "batch_size": 6, "length": 9, "n_microbatches": 3}
     return distributed.run({"compare": sizes}, n_ranks=3)["compare"]
+
+
+@pytest.fixture
+def one_rank():
+    """A group of one, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def test_every_kind_equals_one_process(four, three):
@@ -198,18 +207,18 @@ def test_what_no_stage_can_be():
         pipeline.Stage(GPT(GPTConfig(vocab_size=11, context_length=8, n_layers=4, n_heads=4, d_model=16)), 0, 2)
 
 
+def test_what_cannot_be_cut(one_rank):
+    mesh = launch.mesh_of(1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="not written for dropout, got 0.1"):
+        tensor.parallelize(GPT(dataclasses.replace(SMALL, dropout=0.1)), mesh)
+    with pytest.raises(ValueError, match="build with tied=False"):
+        tensor.parallelize(GPT(dataclasses.replace(SMALL, tied=True)), mesh, sequence=True)
+
+
 def test_head_order_gives_each_rank_whole_heads():
     config = GPTConfig(n_heads=4, n_kv_heads=2, d_model=8)  # rows: q 0-7, k 8-11, v 12-15
     assert tensor.head_order(config, 2).tolist() == [0, 1, 2, 3, 8, 9, 12, 13, 4, 5, 6, 7, 10, 11, 14, 15]
     assert tensor.head_order(config, 1).tolist() == list(range(16))
-
-
-@pytest.fixture
-def one_rank():
-    """A group of one, in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_an_operation_without_a_rule_is_refused(one_rank):

@@ -102,8 +102,8 @@ def _own_gpus(node: int, n_nodes: int, n_ranks: int) -> dict[str, str]:
 
 
 def _agent(words: list[str], log: Any, gpus: dict[str, str]) -> subprocess.Popen:
-    # Without the last one ranks of a second attempt may read addresses of the first from the agents' common store, where one
-    # agent counts the restart and another only sees that it has to meet again (torch 2.13).
+    # Without the last one the agents keep one store of addresses for all attempts (torch 2.13), and a rank that looks another
+    # one up before that has written its new address finds the address of a dead process.
     settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     course = str(Path(__file__).resolve().parents[2])  # so that the ranks import this package, installed or not
     path = os.pathsep.join(filter(None, [course, os.environ.get("PYTHONPATH")]))

@@ -31,7 +31,8 @@ def parallelize(model: GPT, mesh: DeviceMesh, sequence: bool = False) -> GPT:
         sequence: cut norms and residuals by positions too; the batch's length must then be a multiple of the ranks.
 
     Raises:
-        ValueError: where the ranks do not divide heads, key heads and hidden numbers.
+        ValueError: where the ranks do not divide heads, key heads and hidden numbers; for dropout, whose masks would have to
+            differ where a rank has its part and agree where it has the whole; for `sequence` with a tied output layer.
 
     Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3; for sequences Korthikanti et al. 2022,
     https://arxiv.org/abs/2205.05198, section 4.2.2.
@@ -41,6 +42,10 @@ def parallelize(model: GPT, mesh: DeviceMesh, sequence: bool = False) -> GPT:
         raise ValueError(
             f"{p} ranks do not divide {config.n_heads} heads, {config.n_kv_heads} key heads and {config.d_ff} hidden numbers"
         )
+    if config.dropout:
+        raise ValueError(f"tensor parallelism is not written for dropout, got {config.dropout}")
+    if sequence and config.tied:
+        raise ValueError("sequence parallelism gathers positions before an output layer of its own: build with tied=False")
     local = dataclasses.replace(
         config, n_heads=config.n_heads // p, n_kv_heads=config.n_kv_heads // p, d_model=config.d_model // p
     )
