@@ -93,6 +93,19 @@ def test_a_page_loads_quietly_and_from_this_machine_alone(visit):
     assert [url for url in visit.requested if urlparse(url).scheme not in ("file", "data", "blob")] == []
 
 
+def test_a_page_paints_before_it_is_whole_and_then_stands_still(visit):
+    """Text shows while formulas are still set, and nothing jumps: 0.1 is what web.dev calls a good layout shift."""
+    painted_s, loaded_s, shift = visit.page.evaluate(
+        """() => new Promise(done => { let shift = 0;
+            new PerformanceObserver(list => list.getEntries().forEach(entry => shift += entry.value))
+                .observe({type: 'layout-shift', buffered: true});
+            const painted = performance.getEntriesByName('first-contentful-paint')[0].startTime;
+            const loaded = performance.getEntriesByType('navigation')[0].loadEventEnd;
+            setTimeout(() => done([painted / 1000, loaded / 1000, shift]), 100) })"""
+    )
+    assert painted_s < min(loaded_s + 0.1, 5) and shift < 0.1
+
+
 def test_a_page_weighs_little_beside_what_all_pages_share(visit):
     own = {unquote(urlparse(url).path) for url in visit.requested if url.startswith("file:") and "/_static/" not in url}
     pictures = visit.page.evaluate("[...document.images].map(image => image.src)")

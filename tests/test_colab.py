@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 import types
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import NOTEBOOKS
-from test_environment import colab
+from packaging.utils import canonicalize_name
+from test_environment import colab, requirements
 
 from bigmodel_utils.report import bootstrap, chapters
 
@@ -87,3 +90,41 @@ def test_outside_colab_the_cell_does_nothing(tmp_path, monkeypatch):
 def test_every_notebook_begins_with_that_cell(path):
     first = chapters.read(path).cells("code")[0]
     assert chapters.text(first) == bootstrap.source(bootstrap.repository(chapters.folder())).rstrip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_pip_replaces_nothing_that_colab_preinstalls(runtime, tmp_path):
+    """pip's own resolver, in an environment that says it holds what Colab preinstalls (the names and versions, not the files)."""
+    preinstalled = {name: version.partition("+")[0] for name, version in colab()[runtime].items()}
+    python = shutil.which(f"python{preinstalled.pop('python').rpartition('.')[0]}")
+    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode:
+        pytest.skip("no Python of Colab's version on this machine")
+    subprocess.run([python, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    for name, version in preinstalled.items():
+        folder = packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (folder / "RECORD").touch()
+    held = "".join(f"{name}=={preinstalled[name]}\n" for name in HELD if name in preinstalled)
+    (tmp_path / "constraints.txt").write_text(held)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(tmp_path / "venv" / "bin" / "python"),
+        "install",
+        "--quiet",
+        "--dry-run",
+    ]
+    pip += ["--report", str(tmp_path / "report.json"), "--constraint", str(tmp_path / "constraints.txt")]
+    done = subprocess.run([*pip, *map(str, requirements("data"))], capture_output=True, text=True, timeout=500)
+    if "No matching distribution found" in done.stderr or "Connection" in done.stderr:
+        pytest.skip(f"the package index does not answer, or lacks something: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    items = json.loads((tmp_path / "report.json").read_text())["install"]
+    installed = {canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
+    assert "pythonbible" in installed
+    assert {name: (preinstalled[name], version) for name, version in installed.items() if name in preinstalled} == {}

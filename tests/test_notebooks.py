@@ -75,6 +75,7 @@ MUTANTS = {
     "an equation number twice": (lambda n: n["cells"].append(markdown("$$\nx \\tag{0.1}\n$$\n$$\nx \\tag{0.1}\n$$") | {"id": "z"}), "equations are numbered"),
     "a missing equation": (lambda n: n["cells"].append(markdown("See (0.99).") | {"id": "z"}), "refers to equation (0.99)"),
     "a missing figure": (lambda n: n["cells"].append(markdown("See Figure 0.99.") | {"id": "z"}), "refers to Figure 0.99"),
+    "a link without words": (lambda n: n["cells"].append(markdown("See [$x$](https://example.org).") | {"id": "z"}), "the link '$x$' has no words"),
     "no caption": (lambda n: [cell["metadata"].pop("mystnb", None) for cell in code_cells(n)], "without name, caption and alternative text"),
     "no sources": (lambda n: [cell.update(source=chapters.text(cell).replace("## Sources", "## Links")) for cell in n["cells"]], "has no section '## Sources'"),
     "another bootstrap cell": (lambda n: code_cells(n)[0].update(source=["pass"]), "normal form"),
