@@ -54,10 +54,25 @@ def _render(report: Report, build: Build) -> Build:
     aside.folder.mkdir(exist_ok=True)
     whole.unlink(missing_ok=True)
     shutil.rmtree(aside.folder / "figures", ignore_errors=True)  # those of deleted cells too
-    html.build(report, aside)
+    _build_html(report, aside)
     pdf.build(report, aside)
     whole.touch()
     return aside
+
+
+def _build_html(report: Report, aside: Build) -> None:
+    """Render the site as if nothing were there of an earlier one but the pages.
+
+    Sphinx links to style sheets and scripts by their checksum where it finds them while it writes a page, that is in
+    every rendering but the first. They are out of its sight meanwhile; it copies them again if a page changed.
+    """
+    static, hidden = aside.folder / "html" / "_static", aside.folder / "static"
+    if static.is_dir():
+        static.rename(hidden)
+    html.build(report, aside)
+    if not static.is_dir():
+        hidden.rename(static)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _swap(ready: Path, build: Build, before: dict | None, n_kept: int) -> None:
