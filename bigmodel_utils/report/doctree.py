@@ -60,7 +60,7 @@ class CleanOutputs(SphinxTransform):
                 if urlparse(link.get("refuri", "")).scheme not in SCHEMES | {""}:
                     link.replace_self(link.children)
             for image in list(output.findall(nodes.image)):
-                if urlparse(image["uri"]).scheme:
+                if re.match(r"\w+:|//", image["uri"]):
                     image.replace_self(nodes.Text(image.get("alt", "")))
 
 
@@ -78,7 +78,7 @@ class SmallFigures(SphinxTransform):
             png, path = self._picture(forms["image/png"])
             webp = path.with_suffix(".webp")
             if not webp.is_file():
-                Image.open(path).convert("RGB").save(webp, lossless=True, quality=75, method=1)
+                Image.open(path).save(webp, lossless=True, quality=75, method=1)
             png["uri"] = png["uri"].removesuffix(".png") + ".webp"
             if "image/svg+xml" not in forms:
                 continue
