@@ -31,5 +31,6 @@ html_static_path = ["static"]
 html_css_files = ["course.css"]
 html_js_files = ["course.js"]
 html_copy_source = False
+html_use_index = False  # there are no index entries; the search has every word
 html_show_sourcelink = False
 html_last_updated_fmt = None

@@ -18,7 +18,7 @@ from test_pages import Page, dead_links
 from bigmodel_utils.report import chapters, html
 
 CHAPTERS = [path.stem for path in NOTEBOOKS]
-PAGES = [*CHAPTERS, "index", "ledger", "references", "glossary", "licence"]
+PAGES = [*CHAPTERS, "index", "ledger", "references", "glossary", "licence", "search"]
 MAX_PAGE_BYTES = 1_500_000
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 
@@ -118,7 +118,7 @@ def test_mathematics_is_drawn(visit):
         "['.math', '.math mjx-container', 'mjx-merror'].map(kind => document.querySelectorAll(kind).length)"
     )
     assert (n_drawn, n_errors) == (n_sources, 0)
-    assert not re.search(r"\\\(|\\\[|\$\$", visit.page.inner_text("article")), "mathematics shows as its source"
+    assert not re.search(r"\\\(|\\\[|\$\$", visit.page.inner_text("main")), "mathematics shows as its source"
 
 
 def test_figures_are_there_sized_and_described(visit):

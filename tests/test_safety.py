@@ -49,7 +49,10 @@ def hostile_outputs() -> list[dict]:
     outputs += [output("text/markdown", f"words\n\n{source}\n") for source in ALL_HTML.values()]
     outputs += [output("text/markdown", f"words {source} more words") for source in ALL_HTML.values()]
     outputs += [
-        output("text/markdown", f"[link](<javascript:{run('markdown link')}>) ![](https://example.org/a.png)"),
+        output(
+            "text/markdown",
+            f"[link](<javascript:{run('markdown link')}>) ![](https://example.org/a.png) ![](//example.org/b.png)",
+        ),
         output("text/markdown", f"```{{raw}} html\n{ALL_HTML['script']}\n```"),
         output("text/markdown", f"$\\href{{javascript:{run('formula')}}}{{x}}$ <b>$\\require{{html}}$</b>"),
         output("text/latex", f"$\\href{{javascript:{run('latex')}}}{{y}}$"),

@@ -62,7 +62,7 @@ class CleanOutputs(SphinxTransform):
                 if urlparse(link.get("refuri", "")).scheme not in SCHEMES | {""}:
                     link.replace_self(link.children)
             for image in list(output.findall(nodes.image)):
-                if urlparse(image["uri"]).scheme:
+                if re.match(r"\w+:|//", image["uri"]):
                     image.replace_self(nodes.Text(image.get("alt", "")))
 
 
@@ -82,7 +82,7 @@ class SmallFigures(SphinxTransform):
             if not webp.is_file():
                 picture, source = Image.open(path), Image.Exif()
                 source[ExifTags.Base.ImageDescription] = picture.text.get(figures.KEYWORD.decode(), "")
-                picture.convert("RGB").save(webp, lossless=True, quality=75, method=1, exif=source)
+                picture.save(webp, lossless=True, quality=75, method=1, exif=source)
             png["uri"] = png["uri"].removesuffix(".png") + ".webp"
             if "image/svg+xml" not in forms:
                 continue

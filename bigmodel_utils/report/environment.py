@@ -26,5 +26,5 @@ def visible(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables whose name says that they are secret and whose value, of 8 characters or more, is no everyday word."""
+    """The variables whose name says that they are secret, where the value is long enough (8) not to be met by chance."""
     return {name: value for name, value in environment.items() if SECRET.search(name) and len(value) >= 8}
