@@ -18,7 +18,7 @@ from bigmodel_utils.report import chapters
 from bigmodel_utils.report.chapters import Chapter
 from bigmodel_utils.report.profiles import Profile
 
-OUTPUT_LIMIT = 30_000_000  # characters that one notebook may print and draw: twice the largest chapter's, ten times over
+OUTPUT_LIMIT = 30_000_000  # characters that one notebook may print and draw: more than ten times the largest chapter's
 
 
 def execute(chapter: Chapter, profile: Profile, work: Path, memory_limit_bytes: float) -> None:
@@ -103,7 +103,7 @@ def _watch(work: Path, current: dict[str, Any], memory_limit_bytes: float, paren
 
     this = psutil.Process()
     while True:
-        time.sleep(0.2)
+        time.sleep(0.5)  # the look around takes some milliseconds
         if os.getppid() != parent:
             _end(work, current, "the build was killed")
         held_bytes = 0
