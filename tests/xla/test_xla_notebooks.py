@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bigmodel_utils import results
-from bigmodel_utils.report import chapters, profiles, runner
+from bigmodel_utils.report import chapters, execute, profiles
 
 pytest.importorskip("torch_xla", reason="torch_xla is not installed here: `make test-xla` has its own environment")
 
@@ -34,7 +34,7 @@ def run(name: str, device_name: str, folder: Path, patch: pytest.MonkeyPatch) ->
     patch.setenv(results.OUTPUT_VARIABLE, str(work))
     patch.setenv("TQDM_DISABLE", "1")
     try:
-        runner.execute(chapters.read(path), profile, work)
+        execute.execute(chapters.read(path), profile, work, memory_limit_bytes=float("inf"))
     except SystemExit:
         pytest.fail(f"{name} failed on {device_name}: {json.loads((work / 'status.json').read_text())['error']}")
     assert results.read(work / "results" / f"{name}.json")["provenance"]["device"].partition(":")[0] == device_name
