@@ -1,7 +1,7 @@
 """Builds that are killed, starved or crowded: a clear end, the earlier report untouched, and the next build as if nothing had been.
 
 The notebooks here save fixed results without importing torch, so that a build takes seconds and every byte of it is comparable.
-BIGMODEL_KILLS=50 kills that many builds; the default is a few.
+BIGMODEL_KILLS=50 kills that many builds; the default is one.
 """
 
 import json
@@ -30,7 +30,7 @@ FAULTS = {
 def light(tmp_path_factory) -> Course:
     """A course of two chapters of fixed results, built."""
     course = Course(tmp_path_factory.mktemp("light"), light_cells)
-    (course.folder / "report/profiles/small.yaml").write_text("description: d\ncell_timeout_s: 20\nnotebooks: {}\n")
+    (course.folder / "report/profiles/small.yaml").write_text("description: d\ncell_timeout_s: 10\nnotebooks: {}\n")
     status, printed = course.run("build")
     assert status == 0, printed
     return course
@@ -55,7 +55,7 @@ def without_changes(path: Path) -> bytes:
     ("fault", "options", "message"),
     [
         ("die", [], "the kernel died"),
-        ("hang", [], "ran longer than 20 s (cell_timeout_s of profile 'small')"),
+        ("hang", [], "ran longer than 10 s (cell_timeout_s of profile 'small')"),
         ("memory", ["--memory-gb", "0.6"], "more than the limit of 0.60 GB"),
         ("output", [], "printed more than 30 MB"),
     ],
@@ -80,7 +80,7 @@ def test_a_killed_build_changes_nothing_in_the_end(light: Course):
     assert light.run("build", "--set", "03_first.seed=1")[0] == 0 and contents(light) != expected
     assert light.run("build")[0] == 0 and contents(light) == expected, "pages that were rendered one by one differ"
     generator = random.Random(0)
-    for round in range(int(os.environ.get("BIGMODEL_KILLS", "2"))):
+    for round in range(int(os.environ.get("BIGMODEL_KILLS", "1"))):
         if round % 2:  # over an earlier report, as a build that changed something
             light.run("build", "--set", "03_first.seed=1")
         else:

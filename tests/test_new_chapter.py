@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from bigmodel_utils.report import profiles
@@ -54,6 +55,25 @@ def test_it_is_in_the_smoke_profile(copy: Path):
         "smoke", [read(path) for path in sorted((copy / "notebooks").glob("*.ipynb"))], copy / "report/profiles"
     )
     assert smoke.resolved(chapter)["n_means"] < chapter.parameters()["n_means"]
+
+
+def test_the_hooks_are_commands_that_exist_and_notice(copy: Path):
+    """Each local hook passes on the new chapter, and the notebook's own hooks refuse one that is not in normal form."""
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    path = copy / "notebooks/77_robots.ipynb"
+    content = path.read_bytes()
+    spoilt = content.replace(b'"nbformat_minor": 5', b'"nbformat_minor":5')
+    for hook in hooks["hooks"]:
+        program, *words = hook["entry"].split()
+        assert program == ".venv/bin/python" and hook["language"] == "system"
+        status, printed = command(copy, *words, "notebooks/77_robots.ipynb")
+        assert status == 0, printed
+        if "report" in hook["entry"]:
+            path.write_bytes(spoilt)
+            status, printed = command(copy, *words, "notebooks/77_robots.ipynb")
+            path.write_bytes(content)
+            assert status == 1 and "normal form" in printed
+            assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(

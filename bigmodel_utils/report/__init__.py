@@ -1,7 +1,8 @@
 """The report: notebooks executed by papermill under a profile, then an HTML site and a PDF of what they computed.
 
 `profiles` reads the sizes of a run, `chapters` reads and normalises notebooks, `lint` refuses what must not be committed,
-`runner` executes what changed, `compose` joins prose and outputs into pages, `html` and `pdf` render them.
+`runner` decides what changed and `execute` runs it, `compose` joins prose and outputs into pages, `html` and `pdf` render them,
+`publish` swaps the whole report in, with `summary`, `manifest` and `sbom`; `verify` builds it again; `new` adds a chapter.
 `python -m bigmodel_utils.report --help` lists the commands.
 """
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from bigmodel_utils.report import chapters
 from bigmodel_utils.report.chapters import Chapter
 from bigmodel_utils.report.profiles import Profile
 
-OUTPUT_LIMIT = 30_000_000  # characters that one notebook may print and draw: twice the largest chapter's, ten times over
+OUTPUT_LIMIT = 30_000_000  # characters that one notebook may print and draw: more than ten times the largest chapter's
 
 
 def execute(chapter: Chapter, profile: Profile, work: Path, memory_limit_bytes: float) -> None:
@@ -34,7 +33,9 @@ def execute(chapter: Chapter, profile: Profile, work: Path, memory_limit_bytes: 
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     current: dict[str, Any] = {}  # the cell being executed
-    threading.Thread(target=_watch, args=(work, current, memory_limit_bytes, os.getppid()), daemon=True).start()
+    done = threading.Event()
+    watched = (work, current, memory_limit_bytes, os.getppid(), done)
+    threading.Thread(target=_watch, args=watched, daemon=True).start()
     papermill.engines.papermill_engines.register("limited", _engine(work, current))
     try:
         papermill.execute_notebook(
@@ -57,6 +58,8 @@ def execute(chapter: Chapter, profile: Profile, work: Path, memory_limit_bytes: 
     except DeadKernelError:
         error = "the kernel died (out of memory?): lower the sizes in the profile, or close other programs"
         failure = current | {"error": error}
+    finally:
+        done.set()
     (work / "status.json").write_text(json.dumps(failure))
     raise SystemExit(1)
 
@@ -97,13 +100,12 @@ def _engine(work: Path, current: dict[str, Any]) -> type:
     return Engine
 
 
-def _watch(work: Path, current: dict[str, Any], memory_limit_bytes: float, parent: int) -> None:
+def _watch(work: Path, current: dict[str, Any], memory_limit_bytes: float, parent: int, done: threading.Event) -> None:
     """End the notebook when it holds too much memory, and when the build that started it was killed."""
     import psutil
 
     this = psutil.Process()
-    while True:
-        time.sleep(0.2)
+    while not done.wait(0.5):  # seconds; a look around takes some milliseconds
         if os.getppid() != parent:
             _end(work, current, "the build was killed")
         held_bytes = 0

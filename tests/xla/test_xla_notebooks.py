@@ -36,7 +36,7 @@ def run(name: str, device_name: str, folder: Path, patch: pytest.MonkeyPatch) ->
     patch.setenv(results.OUTPUT_VARIABLE, str(work))
     patch.setenv("TQDM_DISABLE", "1")
     try:
-        execute.execute(chapters.read(path), profile, work, float("inf"))
+        execute.execute(chapters.read(path), profile, work, memory_limit_bytes=float("inf"))
     except SystemExit:
         pytest.fail(f"{name} failed on {device_name}: {json.loads((work / 'status.json').read_text())['error']}")
     assert results.read(work / "results" / f"{name}.json")["provenance"]["device"].partition(":")[0] == device_name
