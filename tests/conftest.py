@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel_utils import results
-from bigmodel_utils.report import chapters, compose, html, lint, runner
+from bigmodel_utils import claims, results
+from bigmodel_utils.report import chapters, compose, html, runner
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -73,7 +73,7 @@ Add **both** numbers: `1 + 1`.
 
 
 SAVE = """import json
-from bigmodel_utils import results
+from bigmodel_utils import claims, results
 hardware = {"processor": "none", "cores": 1, "memory_bytes": 1, "system": "none"}
 origin = {"parameters": {"seed": seed}, "date": "2026-01-02T03:04:05+00:00", **results.git_state()}
 origin |= {"python": "3", "versions": {}, "hardware": hardware, "device": "cpu"}
@@ -194,7 +194,7 @@ def stored_report(folder: Path, course: list[chapters.Chapter] | None = None) ->
         provenance = {"parameters": chapter.parameters(), "date": "2026-01-01T00:00:00+00:00", "commit": None, "dirty": None}
         provenance |= {"python": "3", "versions": {}, "hardware": results.hardware(), "device": "cpu", "seconds": 1.0}
         provenance |= {"peak_memory_bytes": 1, "predicted": None}
-        record = {"values": {}, "claims": list(lint.stored_claims(chapter).values()), "provenance": provenance}
+        record = {"values": {}, "claims": list(claims.stored(chapter.notebook).values()), "provenance": provenance}
         record["sha256"] = results._checksum(record)
         results.write_atomically(build.results(chapter.name), json.dumps(record).encode())
     return compose.read("small", course, build), build

@@ -1,21 +1,17 @@
 """The PDF of all chapters, page by page: built from their committed outputs, so that every page that is printed is looked at."""
 
 import ctypes
-import json
 import re
 from pathlib import Path
 
 import pypdfium2
 import pypdfium2.raw as raw
 import pytest
+from conftest import stored_report
 
-from bigmodel_utils import results
-from bigmodel_utils.report import chapters, compose, lint, pdf
+from bigmodel_utils.report import compose, pdf
 from bigmodel_utils.report.runner import Build
 
-ORIGIN = {"date": "2026-01-02T03:04:05+00:00", "commit": None, "dirty": None, "python": "3", "versions": {}, "device": "cpu"}
-ORIGIN |= {"hardware": {"processor": "none", "cores": 1, "memory_bytes": 1, "system": "none"}}
-ORIGIN |= {"parameters": {}, "seconds": None, "peak_memory_bytes": None, "predicted": None}
 MARGIN = 22 / 25.4 * 72  # points; the page's own margin is 24 mm
 MARKUP = re.compile(
     r"\*\*|</?(?:details|summary|table|span|td|tr)\b|\$\$|\]\(|\\(?:frac|tag|text|mathbf)\b|^#{1,6} ", re.MULTILINE
@@ -23,27 +19,9 @@ MARKUP = re.compile(
 CAPTION = re.compile(r"^Figure (\d+\.\d+)\. ", re.MULTILINE)
 
 
-def stored_build(folder: Path) -> Build:
-    """A build folder as if the committed notebooks had just been executed."""
-    build = Build(folder)
-    for chapter in chapters.read_all():
-        for path in (build.notebook(chapter.name), build.results(chapter.name)):
-            path.parent.mkdir(exist_ok=True)
-        build.notebook(chapter.name).write_bytes(chapter.path.read_bytes())
-        record = {
-            "name": chapter.name,
-            "values": {},
-            "claims": list(lint.stored_claims(chapter).values()),
-            "provenance": ORIGIN,
-        }
-        build.results(chapter.name).write_text(json.dumps(record | {"sha256": results._checksum(record)}))
-    return build
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> tuple[compose.Report, Build]:
-    build = stored_build(tmp_path_factory.mktemp("stored"))
-    return compose.read("small", chapters.read_all(), build), build
+    return stored_report(tmp_path_factory.mktemp("stored"))
 
 
 @pytest.fixture(scope="module")
