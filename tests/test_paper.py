@@ -161,7 +161,11 @@ def test_a_screen_reader_finds_language_tags_and_alternative_texts(report, docum
     content = (report[1].folder / "report.pdf").read_bytes()
     assert b"pdfuaid" in content
     metadata = document.get_metadata_dict()
-    assert metadata["Title"] == compose.TITLE and metadata["Author"] and metadata["CreationDate"].startswith(f"D:{report[0].date:%Y%m%d%H%M%S}")
+    assert (
+        metadata["Title"] == compose.TITLE
+        and metadata["Author"]
+        and metadata["CreationDate"].startswith(f"D:{report[0].date:%Y%m%d%H%M%S}")
+    )
     spoken = {text for page, _, _ in pages if images(page) for text in alternative_texts(page)}
     cells = [cell for page in report[0].pages for cell in page.cells if cell["cell_type"] == "code"]
     written = {cell["metadata"].get("mystnb", {}).get("image", {}).get("alt") for cell in cells} - {None}

@@ -75,6 +75,8 @@ def _with_outputs(path: Path) -> bytes:
         os.environ[results.OUTPUT_VARIABLE] = work
         execute.execute(chapter, profile, Path(work), memory_limit_bytes=4e9)
         ran = json.loads((Path(work) / path.name).read_text(encoding="utf-8"))
+    for output in (output for cell in ran["cells"] for output in cell.get("outputs", [])):
+        output.get("data", {}).pop("image/svg+xml", None)  # figures have both forms in a report, and PNG alone in git
     return chapters.dump(chapters.normalize(ran, bootstrap.repository(chapters.folder())))
 
 

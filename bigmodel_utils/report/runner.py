@@ -75,7 +75,7 @@ def locked(build: Build) -> Iterator[None]:
     build.folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(build.folder / ".lock"), build.folder / ".holder.json"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # by when another holder has said who it is
     except Timeout:
         who = _read_json(holder) or {"process": "unknown", "started": "just now"}
         print(
