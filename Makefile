@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 XLA := .venv-xla
 
-.PHONY: help env report verify-report slides test unit nbval test-xla test-faults check chapter normalize format diff hooks badges wheel bench lab clean
+.PHONY: help env report verify-report slides test unit nbval test-slow test-xla test-faults check chapter normalize format diff hooks badges wheel bench lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,11 @@ check: $(READY) ## lint of code and notebooks
 	$(PY) -m ruff format --check .
 	$(PY) -m bigmodel_utils.report check
 
-unit: $(READY) ## unit, report and runner tests
-	$(PY) -m pytest -q
+unit: $(READY) ## unit, report, runner and browser tests, two files at a time
+	$(PY) -m pytest -q -n 2 --dist loadfile
+
+test-slow: $(READY) ## what takes minutes: Colab's versions before pip's resolver, Run All in a real JupyterLab
+	$(PY) -m pytest -q -m slow
 
 nbval: $(READY) ## run every notebook again and compare with its stored outputs
 	TQDM_DISABLE=1 $(PY) -m pytest -q --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
