@@ -6,9 +6,9 @@ import re
 import pypdfium2
 import pypdfium2.raw as raw
 import pytest
-from conftest import stored_report
+from conftest import code, markdown, stored_report, write_notebook
 
-from bigmodel_utils.report import compose, course, pdf
+from bigmodel_utils.report import chapters, compose, course, pdf
 from bigmodel_utils.report.runner import Build
 
 MARGIN = 22 / 25.4 * 72  # points; the page's own margin is 24 mm
@@ -142,6 +142,17 @@ def test_sound_pages_pass_and_code_may_hold_stars():
     with pypdfium2.PdfDocument(typst.compile(body.encode(), format="pdf")) as document:
         pages = read_pages(document)
         assert layout_errors(pages) + markup_errors(pages) + captions(pages)[1] == []
+
+
+def test_an_output_may_hold_any_character(tmp_path):
+    """As an untrained model writes them: control characters, and scripts for which no font is here."""
+    strange = "a\x02b \u07df \U00010380 ×"
+    shown = {"output_type": "stream", "name": "stdout", "text": strange}
+    cell = code("pass") | {"execution_count": 1, "outputs": [shown]}
+    write_notebook(tmp_path / "03_strange.ipynb", [markdown("# 3 Strange"), code("seed = 0", "parameters"), cell])
+    path = pdf.build(*stored_report(tmp_path, [chapters.read(tmp_path / "03_strange.ipynb")]))
+    with pypdfium2.PdfDocument(path) as document:
+        assert "a\ufffdb \ufffd \ufffd ×" in "\n".join(text for *_, text in read_pages(document))
 
 
 def test_the_outline_names_every_chapter(report, document):

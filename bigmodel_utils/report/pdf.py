@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import re
 from pathlib import Path
@@ -114,8 +115,24 @@ def _cell(cell: Cell, image: Path) -> str:
         return chapters.text(cell)
     pieces = [_fenced(chapters.text(cell), "python")]
     for output in cell["outputs"]:
-        pieces.append(_output(output, cell["metadata"].get("mystnb", {}), image))
+        pieces.append(_printable(_output(output, cell["metadata"].get("mystnb", {}), image)))
     return "\n\n".join(piece for piece in pieces if piece)
+
+
+def _printable(shown: str) -> str:
+    """Outputs may hold any character, such as those that an untrained model writes; what the font lacks becomes U+FFFD."""
+    known = _characters()
+    return "".join(c if c in known or CJK_TEXT.fullmatch(c) else "\ufffd" for c in shown)
+
+
+@functools.cache
+def _characters() -> frozenset[str]:
+    """Those that DejaVu Sans Mono has, the font of code and outputs, which Typst and Matplotlib both hold."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf"))
+    return frozenset("\n\t") | frozenset(map(chr, font.get_charmap()))
 
 
 def _output(output: dict, settings: dict, image: Path) -> str:
