@@ -5,7 +5,6 @@ https://www.researchobject.org/ro-crate/specification/1.1/
 
 from __future__ import annotations
 
-import hashlib
 import mimetypes
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import quote
 
 from bigmodel_utils.report import bootstrap, chapters, pdf
 from bigmodel_utils.report.compose import TITLE, Page, Report
-from bigmodel_utils.report.runner import Build
+from bigmodel_utils.report.runner import Build, file_hash
 
 Entity = dict[str, Any]
 
@@ -102,7 +101,7 @@ def _source(folder: Path, path: Path) -> Entity:
     """An input: a file of the checkout, which is no part of the crate, by its checksum."""
     name = path.relative_to(folder).as_posix()
     entity = {"@id": _source_id(folder, path), "@type": "CreativeWork", "name": name, "isPartOf": {"@id": "#course"}}
-    return entity | {"sha256": _sha256(path)}
+    return entity | {"sha256": file_hash(path)}
 
 
 def _outputs(page: Page, build: Build) -> list[Path]:
@@ -114,7 +113,7 @@ def _file(root: Path, path: Path) -> Entity:
     name = path.relative_to(root).as_posix()
     kind = "application/x-ipynb+json" if path.suffix == ".ipynb" else mimetypes.guess_type(name)[0]
     entity = {"@id": quote(name), "@type": "File", "name": name, "contentSize": str(path.stat().st_size)}
-    return entity | {"encodingFormat": kind or "application/octet-stream", "sha256": _sha256(path)}
+    return entity | {"encodingFormat": kind or "application/octet-stream", "sha256": file_hash(path)}
 
 
 def _figures(page: Page, rendered: Build) -> list[Entity]:
@@ -159,7 +158,3 @@ def _run(page: Page, build: Build) -> list[Entity]:
         "result": [{"@id": quote(path.relative_to(build.folder).as_posix())} for path in _outputs(page, build)],
     }
     return [action, *parameters]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

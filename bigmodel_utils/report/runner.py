@@ -171,13 +171,13 @@ def content_key(chapter: Chapter, profile: Profile, build: Build) -> str:
     for name in chapter.needs:
         files = sorted(path for path in build.artifacts(name).rglob("*") if path.is_file())
         record = results.read(build.results(name))
-        upstream[name] = [record["values"], record["claims"], *map(_file_hash, files)]
+        upstream[name] = [record["values"], record["claims"], *map(file_hash, files)]
     depends_on = {
         "code": code,
         "parameters": profile.resolved(chapter),
         "upstream": upstream,
-        "modules": {str(path.relative_to(course)): _file_hash(path) for path in imported_modules(code)},
-        "constraints": _file_hash(course / "constraints.txt"),
+        "modules": {str(path.relative_to(course)): file_hash(path) for path in imported_modules(code)},
+        "constraints": file_hash(course / "constraints.txt"),
         "versions": results.versions() | {"python": platform.python_version()},
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -202,7 +202,7 @@ def is_current(name: str, key: str, build: Build) -> bool:
     if record is None or record["key"] != key:
         return False
     for path, expected in ((build.results(name), record["results_sha256"]), (build.notebook(name), record["notebook_sha256"])):
-        if not path.is_file() or _file_hash(path) != expected:
+        if not path.is_file() or file_hash(path) != expected:
             print(f"{name}: {path} is missing or damaged; running it again", flush=True)
             return False
     return True
@@ -237,8 +237,8 @@ def _finish(name: str, process: subprocess.Popen, key: str, seconds: float, buil
         values.replace(build.results(name))
         record = {
             "key": key,
-            "results_sha256": _file_hash(build.results(name)),
-            "notebook_sha256": _file_hash(build.notebook(name)),
+            "results_sha256": file_hash(build.results(name)),
+            "notebook_sha256": file_hash(build.notebook(name)),
             "seconds": round(seconds, 1),
         }
         results.write_atomically(build.record(name), json.dumps(record, indent=1).encode())
@@ -311,5 +311,6 @@ def _read_json(path: Path) -> dict | None:
         return None
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
