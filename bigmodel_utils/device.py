@@ -11,11 +11,12 @@ import random
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
 
 import numpy
 import torch
 from torch import Tensor, nn
+
+from bigmodel_utils import host
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch.optim documents fused=True
@@ -217,18 +218,10 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
-def available_memory_bytes(device: torch.device | None = None, root: Path = Path("/")) -> int:
-    """Memory that this process could still take: the device's own where it has some, else the host's without swapping.
-
-    Args:
-        root: where /proc and /sys are looked for, for the limit of a Linux container.
-    """
-    import psutil
-
+def available_memory_bytes(device: torch.device | None = None) -> int:
+    """Memory that this process could still take: the device's own where it has some, else the host's without swapping."""
     own = _own_memory_bytes(device)
-    if own is not None:
-        return own[1]
-    return int(max(0, min(psutil.virtual_memory().available, _container_bytes(root))))
+    return host.available_memory_bytes() if own is None else own[1]
 
 
 def _own_memory_bytes(device: torch.device | None) -> tuple[int, int] | None:
@@ -245,37 +238,6 @@ def _own_memory_bytes(device: torch.device | None) -> tuple[int, int] | None:
         return torch.accelerator.max_memory_allocated(device), free
     except (AttributeError, RuntimeError):
         return None
-
-
-def _container_bytes(root: Path) -> float:
-    """What the control groups of this process, and those around them, leave it; infinite where nothing is limited.
-
-    Linux's documentation: https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html.
-    """
-    left, table = math.inf, root / "proc/self/cgroup"
-    for line in table.read_text().splitlines() if table.is_file() else ():
-        _, controllers, path = line.split(":", 2)  # "0::/app.slice" in version 2, "4:cpu,memory:/docker/1f" in version 1
-        if controllers == "":
-            folder, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            folder = root / "sys/fs/cgroup/memory"
-        else:
-            continue
-        group = PurePosixPath(path.lstrip("/"))
-        left = min([left, *(_group_bytes(folder / above, *names) for above in (group, *group.parents))])
-    return left
-
-
-def _group_bytes(folder: Path, limit_name: str, used_name: str, cache_name: str) -> float:
-    """Limit minus use of one control group; cached files count as used, but are given back when memory is short."""
-    try:
-        limit = (folder / limit_name).read_text().strip()
-        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        used = int((folder / used_name).read_text()) - int(counts[cache_name])
-    except (OSError, KeyError):  # the root group has no limit, and a container does not see the groups around it
-        return math.inf
-    return math.inf if limit == "max" else int(limit) - used
 
 
 def time_call(function: Callable[[], object], device: torch.device | None = None, n_repeats: int = 5) -> float:

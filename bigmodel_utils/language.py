@@ -286,12 +286,15 @@ def surprisal(
     done = 0
     for first in range(0, len(ends), batch_size):
         some = ends[first : first + batch_size]
-        windows = torch.stack([x[end - T : end + 1] for end in some]).to(device)  # (B, T + 1)
+        windows = torch.stack([x[end - T : end + 1] for end in some])  # (B, T + 1)
+        if device.type == "xla":  # one program for texts of all lengths: no token sees what is put behind it
+            windows = F.pad(windows, (0, model.config.context_length - T))
+        windows = windows.to(device)
         with devices.autocast(device, precision):
             logits = model(windows[:, :-1])
         losses = F.cross_entropy(logits.float().mT, windows[:, 1:], reduction="none").cpu()  # (B, T)
         for end, row in zip(some, losses):
-            nats[done:end], done = row[T - (end - done) :], end
+            nats[done:end], done = row[T - (end - done) : T], end
     model.train(was_training)
     return nats.numpy()
 

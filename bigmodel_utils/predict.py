@@ -478,8 +478,10 @@ def _next_logits(model: nn.Module, tokens: Tensor, cache) -> Tensor:
     """
     if tokens.ndim != 2:
         raise ValueError(f"expected tokens of shape (B, T), got {tuple(tokens.shape)}: put [None] behind a single text")
-    context = model.config.context_length
-    if cache is None or tokens.shape[1] > context:
+    context, device = model.config.context_length, next(model.parameters()).device
+    if device.type == "xla":
+        logits = logits_of_padded(model, tokens[:, -context:])
+    elif cache is None or tokens.shape[1] > context:
         logits = model(tokens[:, -context:])[:, -1]
     else:
         new = tokens[:, cache.length :]
@@ -489,6 +491,17 @@ def _next_logits(model: nn.Module, tokens: Tensor, cache) -> Tensor:
     if not (logits < math.inf).all():  # NaN is not below it, either; XLA's max would pass over NaN
         raise ValueError("the model's logits are NaN or infinite: did its training diverge?")
     return logits
+
+
+def logits_of_padded(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(B, V) logits of the token after (B, T) tokens, by reading them as the beginning of a whole context.
+
+    What stands behind the tokens is not seen by them. XLA compiles a program for each shape, and this has one for all T;
+    so the place of the last token is data, too, and not part of the program.
+    """
+    T, device = tokens.shape[1], next(model.parameters()).device
+    window = nn.functional.pad(tokens, (0, model.config.context_length - T)).to(device)
+    return model(window).index_select(1, torch.tensor([T - 1]).to(device))[:, 0]
 
 
 @torch.no_grad()
@@ -512,7 +525,7 @@ def generate(
         top_k: likewise.
         generator: of the random draws, which are made on its device; None uses torch's global one.
         use_cache: keep keys and values, so that a step costs one position; False reads the whole text each time. The
-            logits are the same up to rounding.
+            logits are the same up to rounding. Under XLA there is none: each step reads a whole context, in one program.
         top_p: as for `token_probabilities`.
 
     Returns:
@@ -527,19 +540,20 @@ def generate(
         raise ValueError(f"n_tokens must be 0 or more, got {n_tokens}")
     _refuse_sampling(temperature, top_k, top_p)
     device, was_training = next(model.parameters()).device, model.training
-    text = nn.functional.pad(tokens.to(device), (0, n_tokens))  # (B, T + n_tokens), filled from left to right
+    is_xla = device.type == "xla"  # the text, whose length changes, then stays on the host
+    text = nn.functional.pad(tokens.to("cpu" if is_xla else device), (0, n_tokens))  # (B, T + n_tokens), filled from the left
     model.eval()
     try:
-        cache = model.new_cache(text.shape[-1]) if use_cache else None
+        cache = model.new_cache(text.shape[-1]) if use_cache and not is_xla else None
         with _numpy_threads(torch.get_num_threads()):
             for length in range(tokens.shape[-1], text.shape[-1]):
                 logits = _next_logits(model, text[..., :length], cache)
                 if temperature == 0:
-                    text[:, length] = logits.argmax(dim=-1)
+                    text[:, length] = logits.argmax(dim=-1).to(text.device)
                     continue
                 probabilities = token_probabilities(logits, temperature, top_k, top_p)
                 drawn_on = device if generator is None else generator.device
-                text[:, length] = torch.multinomial(probabilities.to(drawn_on), 1, generator=generator)[:, 0]
+                text[:, length] = torch.multinomial(probabilities.to(drawn_on), 1, generator=generator)[:, 0].to(text.device)
     finally:
         model.train(was_training)
     return text.to(tokens.device)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from bigmodel_utils import results
+from bigmodel_utils import host, results
 from bigmodel_utils.report import ReportError, chapters
 from bigmodel_utils.report.chapters import Chapter
 from bigmodel_utils.report.environment import visible
@@ -114,7 +114,7 @@ def run_all(
     """Execute every notebook of the course that is out of date, up to `n_jobs` at a time, in the order of their needs.
 
     Args:
-        memory_limit_bytes: for each notebook; by default nine tenths of what the machine has free when it begins.
+        memory_limit_bytes: for each notebook; by default nine tenths of what the machine, or its container, has free when it begins.
 
     Returns:
         the names of the notebooks that ran.
@@ -209,15 +209,13 @@ def is_current(name: str, key: str, build: Build) -> bool:
 
 
 def _begin(chapter: Chapter, profile: Profile, build: Build, memory_limit_bytes: float | None) -> subprocess.Popen:
-    import psutil
-
     work = build.work(chapter.name)
     work.mkdir(parents=True)
     (work / "profile.json").write_text(json.dumps(vars(profile)))
     environment = visible(os.environ) | {results.OUTPUT_VARIABLE: str(work), results.UPSTREAM_VARIABLE: str(build.folder)}
     environment |= {"TQDM_DISABLE": "1"}  # nobody watches, and a bar would stay in the outputs
     command = [sys.executable, "-m", "bigmodel_utils.report", "execute", str(chapter.path), str(work)]
-    command += ["--memory-bytes", str(memory_limit_bytes or 0.9 * psutil.virtual_memory().available)]
+    command += ["--memory-bytes", str(memory_limit_bytes or 0.9 * host.available_memory_bytes())]
     with (work / "log.txt").open("wb") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
 

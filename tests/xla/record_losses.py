@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.optim import _muon
 
 from bigmodel_utils import train
 
@@ -30,3 +34,14 @@ def into(path: str) -> None:
         return history
 
     train.fit = fit
+
+
+def float32_muon() -> None:
+    """From now on torch's Muon makes its matrices orthogonal in float32, and not in bfloat16."""
+    real = _muon._zeropower_via_newtonschulz
+
+    def in_float32(*arguments):
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            return real(*arguments)
+
+    _muon._zeropower_via_newtonschulz = in_float32
