@@ -77,7 +77,7 @@ local function paragraph(block)
   return blocks
 end
 
--- Raw HTML: <details> opens a framed block with its summary as heading; tables are read as tables; other tags vanish.
+-- Raw HTML in the prose: <details> opens a framed block with its summary as heading; other tags vanish.
 local function html_block(block)
   if block.format ~= 'html' then
     return nil
@@ -94,9 +94,6 @@ local function html_block(block)
   if id then
     return typst(target(id))
   end
-  if text:match('<table') then
-    return pandoc.read(text, 'html').blocks
-  end
   return {}
 end
 
@@ -109,6 +106,50 @@ local function html_inline(inline)
     return pandoc.RawInline('typst', target(id))
   end
   return {}
+end
+
+-- HTML and Markdown in outputs are whatever a notebook's code, or the data that it read, chose to show. So they come as code
+-- blocks, which nothing inside can end, and are read here: no Typst in them runs, and they name no file, label or heading.
+local readers = {
+  ['output-html'] = 'html',
+  ['output-markdown'] = 'commonmark_x-raw_html-raw_attribute-attributes-subscript-superscript-smart-emoji',
+}
+
+local function content(element)
+  return element.content
+end
+
+local harmless = {
+  Div = content,
+  Span = content,
+  RawBlock = function() return {} end,
+  RawInline = function() return {} end,
+  Image = function(image) return image.caption end,
+  Header = function(header) return pandoc.Para({ pandoc.Strong(header.content) }) end,
+  CodeBlock = function(block) return pandoc.CodeBlock(block.text, pandoc.Attr('', { block.classes[1] })) end,
+  Code = function(code) return pandoc.Code(code.text) end,
+  Table = function(tbl)
+    tbl.attr = pandoc.Attr()
+    return tbl
+  end,
+  Math = function(math)
+    local warnings = pandoc.log.silence(pandoc.write, pandoc.Pandoc({ pandoc.Plain({ math }) }), 'typst')
+    return #warnings > 0 and pandoc.Code(math.text) or math
+  end,
+  Link = function(link)
+    local scheme = link.target:match('^([%w+.-]+):')
+    if scheme == 'http' or scheme == 'https' or scheme == 'mailto' or link.target:match('^#') then
+      return pandoc.Link(link.content, link.target)
+    end
+    return link.content
+  end,
+}
+
+local function output(block)
+  local reader = readers[block.classes[1]]
+  if reader then
+    return pandoc.read(block.text .. '\n', reader).blocks:walk(harmless)
+  end
 end
 
 -- Columns of a table share the width by what they hold, so that long cells wrap and short ones do not;
@@ -158,7 +199,7 @@ local function collect(id)
 end
 
 return {
-  { RawBlock = html_block, RawInline = html_inline },
+  { RawBlock = html_block, RawInline = html_inline, CodeBlock = output },
   { Para = paragraph, Table = sized_table },
   { Math = inline_math },
   {

@@ -3,14 +3,15 @@
 import json
 import re
 
+import pypdfium2
 import pytest
-from conftest import ROOT, Course, code, markdown, stored_report
+from conftest import ROOT, Course, code, markdown, stored_report, write_notebook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from papermill.translators import papermill_translators
 from test_browser import Visit
 
-from bigmodel_utils.report import chapters, compose, doctree, environment, html, lint, profiles
+from bigmodel_utils.report import chapters, compose, doctree, environment, html, lint, pdf, profiles
 
 RUN = "window.ran.push('{}')"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9" onload="{run}"><script>{run}</script><a href="javascript:{run}"><rect width="9" height="9"/></a></svg>'
@@ -113,6 +114,49 @@ def test_the_hostile_page_would_run_uncleaned(browser, tmp_path):
     path.write_text(f"<!doctype html><article>{' '.join(ALL_HTML.values())}</article>")
     by_itself = {"object", "mutation"}  # this browser stops these two
     assert set(Watched(browser, path).try_everything()) == set(ALL_HTML) - by_itself
+
+
+SUM = "#(12345 * 3)"  # what Typst prints as 37035 where it runs
+TYPST = {
+    "raw block": f"words\n\n```{{=typst}}\n{SUM}\n```\n",
+    "raw words": f"words `{SUM}`{{=typst}} more",
+    "end of a fence": f"~~~~\n\n```{{=typst}}\n{SUM}\n```\n\n~~~~~~~~\n\n`{SUM}`{{=typst}}",
+    "a table, and then": f"<table><tr><td>{SUM}</td></tr></table>\n\n`{SUM}`{{=typst}}\n\n```{{=typst}}\n{SUM}\n```",
+    "code of our own kind": f"````` output-markdown\n`{SUM}`{{=typst}}\n`````",
+    "a comment without end": f"<!-- {SUM}",
+    "mathematics": f'$a {SUM} \\text{{"] {SUM}}}$',
+    "files": '![](/etc/hostname) ![](secret.txt) <img src="/etc/hostname" alt="an image"><iframe src="{secret}"></iframe>',
+    "a label of another": '# Heading {#ledger}\n\n<h1 id="claims-ledger">H</h1><span id="claims-ledger">s</span>',
+    "links": "[l](<javascript:1>) <a href='javascript:1'>l</a> [f](file:///etc/hostname) [g](https://example.org/page)",
+}
+
+
+def printed_chapter(folder, cells) -> tuple[str, str]:
+    """The text of a PDF with one chapter of these cells, and its Typst."""
+    write_notebook(folder / "03_hostile.ipynb", [markdown("# 3 Outputs"), code("seed = 0", "parameters"), *cells])
+    path = pdf.build(*stored_report(folder / "build", [chapters.read(folder / "03_hostile.ipynb")]))
+    with pypdfium2.PdfDocument(path) as document:
+        return "\n".join(page.get_textpage().get_text_range() for page in document), path.with_suffix(".typ").read_text()
+
+
+def test_outputs_run_nothing_in_the_pdf_either(tmp_path):
+    (tmp_path / "secret.txt").write_text("planted-5ec2e7")
+    attacks = [source.replace("{secret}", str(tmp_path / "secret.txt")) for source in [*TYPST.values(), *ALL_HTML.values()]]
+    shown = [output(f"text/{kind}", source) for kind in ("html", "markdown") for source in attacks]
+    shown += [{"output_type": "stream", "name": "stdout", "text": source} for source in TYPST.values()]
+    shown += hostile_outputs()
+    cells = [code("pass") | {"execution_count": 1, "outputs": [one]} for one in shown]
+    text, source = printed_chapter(tmp_path, [*cells, markdown("## 3.1 The end\n\nwords after all of them")])
+    assert "37035" not in text and "planted-5ec2e7" not in text
+    assert text.count(SUM) > 10 and "words after all of them" in text
+    assert set(re.findall(r'image\("([^"]*)', source)) == {"figures/prerequisites.svg"}
+    assert set(re.findall(r'#link\("(\w+):', source)) == {"https"} and '#link("https://example.org/page")' in source
+
+
+def test_the_pdf_runs_what_the_prose_says(tmp_path):
+    """The control: the prose is the course's own, and in it each of the first two attacks works."""
+    text, _ = printed_chapter(tmp_path, [markdown(TYPST["raw block"]), markdown(TYPST["raw words"])])
+    assert text.count("37035") == 2
 
 
 def test_cleaning_keeps_what_chapters_show():

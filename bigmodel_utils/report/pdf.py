@@ -8,7 +8,7 @@ import html
 import re
 from pathlib import Path
 
-from bigmodel_utils.report import ReportError, chapters, compose, course
+from bigmodel_utils.report import ReportError, chapters, compose, course, doctree
 from bigmodel_utils.report.chapters import Cell
 from bigmodel_utils.report.compose import Page, Report
 from bigmodel_utils.report.runner import Build
@@ -142,10 +142,10 @@ def _output(output: dict, settings: dict, image: Path) -> str:
     if "image/png" in data:
         image.write_bytes(base64.b64decode(data["image/png"]))
         return _figure(image, settings)
-    if "text/markdown" in data:
-        return data["text/markdown"]
+    if "text/markdown" in data:  # pdf.lua reads it, and the HTML, and lets nothing in them do anything
+        return _fenced(data["text/markdown"], "output-markdown")
     if "text/html" in data:
-        return re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
+        return _fenced(doctree.clean_html(data["text/html"]), "output-html")  # or pandoc would fetch what a frame shows
     return _fenced(data.get("text/plain", ""), "output")
 
 
@@ -157,4 +157,5 @@ def _figure(image: Path, settings: dict) -> str:
 
 
 def _fenced(source: str, language: str) -> str:
-    return f"~~~~ {language}\n{source.rstrip()}\n~~~~"
+    fence = "~" * (1 + max(3, *map(len, re.findall("~+", source)), 0))
+    return f"{fence} {language}\n{source.rstrip()}\n{fence}"
