@@ -3,7 +3,8 @@
 `torch.optim.Optimizer` keeps the books (parameter groups, state, state dict), so that these drop into `train.fit`,
 `checkpoint.save` and torch's schedulers; the arithmetic is here. Names, conventions and defaults are those of torch.optim,
 and every class takes the same 100 float64 steps as its counterpart there. Training proper uses torch.optim's, which are fused
-into fewer passes over memory, and so does `Muon`, the one class here that is not written out.
+into fewer passes over memory; or `Muon`, whose AdamW is torch's and whose matrices are updated here, since torch's own Muon
+leaves the device under XLA.
 
 In the others w is a parameter, g its gradient, lr the step size, and `weight_decay` adds weight_decay * w to g
 (the gradient of weight_decay/2 * sum of squares), but for AdamW, which shrinks w itself.
@@ -172,10 +173,10 @@ def adam_direction(g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> T
 
 
 class Muon(torch.optim.Optimizer):
-    """The matrices inside a network by Muon, and all else by AdamW: torch's two, with one state dict and one schedule.
+    """The matrices inside a network by Muon, and all else by AdamW, with one state dict and one schedule.
 
-    Muon replaces each matrix's momentum by the nearest matrix with orthogonal rows or columns, roughly (five steps of a
-    Newton-Schulz iteration in bfloat16), so that every direction moves equally far:
+    Muon replaces each matrix's momentum by the nearest matrix with orthogonal rows or columns, roughly (`orthogonalize`), so
+    that every direction moves equally far:
     m <- momentum m + (1 - momentum) g, w <- (1 - lr weight_decay) w - lr sqrt(max(1, rows / columns)) orthogonal(m),
     with m looked ahead as Nesterov does. That suits maps from activations to activations. An embedding, of which a batch
     moves few rows, the output layer, and vectors are AdamW's.
@@ -205,27 +206,67 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
     ):
-        others = list(others)
+        matrices, others = list(matrices), list(others)
         _nonnegative(lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay)
         _fractions(momentum=momentum, beta1=betas[0], beta2=betas[1])
+        if not matrices or any(w.ndim != 2 for w in matrices):
+            raise ValueError(f"Muon needs matrices, got parameters of shapes {[tuple(w.shape) for w in matrices]}")
         fused = all(devices.supports_fused(w.device) for w in others)
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)
         self.adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay, fused=fused)
-        super().__init__(self.muon.param_groups + self.adamw.param_groups, {})
+        muon = {"params": matrices, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([muon, *self.adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Let the two work on this optimiser's state and groups, which schedulers and checkpoints see."""
-        self.muon.state = self.adamw.state = self.state
-        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        """Let AdamW work on this optimiser's state and groups, which schedulers and checkpoints see."""
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
 
+    @torch.no_grad()
     def step(self) -> None:
-        self.muon.step()
+        group = self.param_groups[0]
+        for w in group["params"]:
+            if w.grad is None:
+                continue
+            if "m" not in self.state[w]:
+                self.state[w]["m"] = torch.zeros_like(w)
+            m = self.state[w]["m"].lerp_(w.grad, 1 - group["momentum"])
+            direction = orthogonalize(w.grad.lerp(m, group["momentum"]))
+            w *= 1 - group["lr"] * group["weight_decay"]
+            w.add_(direction, alpha=-group["lr"] * math.sqrt(max(1, w.shape[0] / w.shape[1])))
         self.adamw.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._share()
+
+
+def orthogonalize(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearly U V^T where x (n, m) is U S V^T: its singular values all moved to about 1, by products of matrices alone.
+
+    Five steps of a Newton-Schulz iteration, x <- a x + (b x x^T + c (x x^T)^2) x, whose coefficients are chosen to raise small
+    singular values fast; the results are between about 0.7 and 1.2, or less for a singular value near 0.
+
+    Args:
+        x: the matrix; its size does not matter.
+        dtype: to compute in; `Muon` needs no more than bfloat16.
+
+    Returns:
+        (n, m) in that precision.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+    """
+    is_tall, y = x.shape[0] > x.shape[1], x.to(dtype)
+    y = y.mT if is_tall else y  # the smaller of the two products x x^T and x^T x
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = _add_product(3.4445, y, 1.0, _add_product(-4.7750, gram, 2.0315, gram, gram), y)
+    return y.mT if is_tall else y
+
+
+def _add_product(beta: float, x: Tensor, alpha: float, a: Tensor, b: Tensor) -> Tensor:
+    """beta x + alpha a b; in two operations under XLA, for which `addmm` with factors would be computed on the host."""
+    return beta * x + alpha * (a @ b) if x.device.type == "xla" else torch.addmm(x, a, b, beta=beta, alpha=alpha)
 
 
 def split_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

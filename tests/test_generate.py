@@ -178,6 +178,15 @@ def test_cache_reads_each_token_once_and_no_cache_all_of_them():
     assert read == [3, 4, 5, 6, 7, 7, 7]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_stands_behind_a_text_changes_nothing(layout):
+    model = build(layout).eval()
+    for length in range(1, 8):
+        tokens = draw_tokens(3, length)
+        with torch.no_grad():
+            torch.testing.assert_close(predict.logits_of_padded(model, tokens), model(tokens)[:, -1], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("call", [lambda *a: predict.generate(*a), lambda *a: predict.beam_search(*a, n_beams=2)[0]])
 def test_evaluation_mode_without_gradients_and_the_mode_is_put_back(training, call):

@@ -212,6 +212,24 @@ def test_bad_settings_of_muon_are_refused(options):
         optim.Muon(*optim.split_matrices(tiny_gpt()), **options)
 
 
+@pytest.mark.parametrize(("shapes", "message"), [([], r"\[\]"), ([(2, 3), (4,)], r"\(4,\)")])
+def test_muon_is_for_matrices(shapes, message):
+    with pytest.raises(ValueError, match=f"Muon needs matrices, got .*{message}"):
+        optim.Muon([torch.zeros(shape, requires_grad=True) for shape in shapes], [torch.zeros(1, requires_grad=True)])
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
+def test_orthogonalize_is_the_polar_factor_roughly_and_written_out_the_same(shape, monkeypatch):
+    x = torch.randn(*shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    found = optim.orthogonalize(1000 * x, torch.float64)
+    inside = u.T @ found @ vh.T
+    assert ((inside.diagonal() < 1.3) & (inside.diagonal() > torch.where(s > 0.1 * s.max(), 0.6, 0))).all()
+    assert (inside - inside.diagonal().diag()).abs().max() < 1e-12
+    monkeypatch.setattr(optim, "_add_product", lambda beta, x, alpha, a, b: beta * x + alpha * (a @ b))  # as under XLA
+    torch.testing.assert_close(optim.orthogonalize(x, torch.float64), found, rtol=0, atol=1e-12)
+
+
 def make_muon(parameters, lr):
     """A middle layer's matrix by Muon, the rest by AdamW."""
     matrices, others = [], []

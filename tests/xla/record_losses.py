@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from unittest import mock
 
 import torch
-from torch.optim import _muon
 
-from bigmodel_utils import train
+from bigmodel_utils import optim, train
 
 
 def into(path: str) -> None:
@@ -37,11 +35,5 @@ def into(path: str) -> None:
 
 
 def float32_muon() -> None:
-    """From now on torch's Muon makes its matrices orthogonal in float32, and not in bfloat16."""
-    real = _muon._zeropower_via_newtonschulz
-
-    def in_float32(*arguments):
-        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
-            return real(*arguments)
-
-    _muon._zeropower_via_newtonschulz = in_float32
+    """From now on Muon makes its matrices orthogonal in float32, and not in bfloat16."""
+    optim.orthogonalize = functools.partial(optim.orthogonalize, dtype=torch.float32)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bigmodel_utils import checkpoint, data, device, models, train
+from bigmodel_utils import checkpoint, data, device, models, optim, predict, train
 
 pytest.importorskip("torch_xla", reason="torch_xla is not installed here: `make test-xla` has its own environment")
 
@@ -137,6 +137,34 @@ def test_a_steady_step_compiles_nothing_and_launches_one_graph():
     assert later == later[:1] * len(later)
     launched = batches.launched[2 : train.CHECK_EVERY]
     assert [after - before for before, after in itertools.pairwise(launched)] == [1] * (len(launched) - 1)
+
+
+def test_a_step_of_muon_is_one_graph_that_stays_on_the_device():
+    batches, model = Watched(draw_texts(12)), device.move(models.GPT(dataclasses.replace(SMALL_GPT, n_layers=1)), XLA)
+    optimizer = optim.Muon(*optim.split_matrices(model))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, optim.trapezoid(12, 3, 6))
+    config = train.TrainConfig(n_epochs=1, progress=False, max_grad_norm=1.0)
+    train.fit(model, batches, token_loss, config, optimizer=optimizer, scheduler=schedule)
+    assert [after - before for before, after in itertools.pairwise(batches.launched)] == [1] * 11
+    assert batches.compiled[2:] == batches.compiled[2:3] * 10
+    assert metrics.counter_value("aten::addmm") is None, "computed on the host"
+
+
+def test_texts_of_all_lengths_are_one_program_and_the_cpus():
+    model = models.GPT(SMALL_GPT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    beginnings = [torch.randint(65, (2, length)) for length in (3, 9, 70)]
+    expected = [predict.generate(model, tokens, 80, temperature=0) for tokens in beginnings]
+    drawn = predict.generate(model, beginnings[0], 80, generator=torch.Generator().manual_seed(1))
+    device.move(model, XLA)
+    assert torch.equal(predict.generate(model, beginnings[0], 80, temperature=0), expected[0])
+    before = n_compiled()
+    assert torch.equal(predict.generate(model, beginnings[1], 80, temperature=0), expected[1])
+    assert torch.equal(predict.generate(model, beginnings[2], 80, temperature=0), expected[2])
+    assert n_compiled() == before
+    assert torch.equal(predict.generate(model, beginnings[0], 80, generator=torch.Generator().manual_seed(1)), drawn)
 
 
 def test_a_look_at_the_loss_costs_a_graph_a_step():
