@@ -5,8 +5,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 XLA := .venv-xla
+COLAB := .venv-colab
+COLAB_PYTHON ?= python3.13
 
-.PHONY: help env report verify-report slides test unit nbval test-slow test-xla test-faults check chapter normalize format diff hooks badges wheel bench lab clean
+.PHONY: help env report verify-report slides test unit nbval test-slow test-xla test-colab test-faults links check chapter normalize format diff hooks badges wheel bench lab clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +44,20 @@ $(XLA)/.ready: pyproject.toml constraints.txt
 	  torch==2.9.0 torch_xla==2.9.0 --editable '.[data,files,report,test]'
 	@touch $@
 
+test-colab: $(READY) $(COLAB)/.ready ## chapters 0, 3 and 5 beside the packages that Colab preinstalls (Linux, Python 3.13, 8 GB)
+	BIGMODEL_COLAB=$(COLAB) $(PY) -m pytest -q -m slow tests/test_colab.py -k runs_with
+
+$(COLAB)/.ready: tests/data/colab_runtimes.csv
+	$(COLAB_PYTHON) -m venv $(COLAB)
+	awk -F '[,+]' '$$1 == "cpu" && $$2 != "python" {print $$2 "==" $$3}' $< > $(COLAB)/requirements.txt
+	$(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $(COLAB)/requirements.txt
+	@touch $@
+
 test-faults: $(READY) ## kill a build at 50 random moments, fill its disk and memory (some 15 minutes)
 	BIGMODEL_KILLS=50 $(PY) -m pytest -q tests/test_faults.py
+
+links: $(READY) ## ask for every page elsewhere that the report links to (needs the network)
+	CHECK_LINKS=1 $(PY) -m pytest -q tests/test_browser.py -k links_to_elsewhere
 
 check: $(READY) ## lint of code and notebooks
 	$(PY) -m ruff check .

@@ -3,17 +3,21 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
-from conftest import NOTEBOOKS
+from conftest import NOTEBOOKS, ROOT
 from packaging.utils import canonicalize_name
 from test_environment import colab, requirements
 
+from bigmodel_utils import claims
 from bigmodel_utils.report import bootstrap, chapters
 
 RUNTIMES = ["cpu", "gpu", "tpu"]
@@ -128,3 +132,56 @@ def test_pip_replaces_nothing_that_colab_preinstalls(runtime, tmp_path):
     installed = {canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
     assert "pythonbible" in installed
     assert {name: (preinstalled[name], version) for name, version in installed.items() if name in preinstalled} == {}
+
+
+@pytest.fixture(scope="module")
+def colab_python(tmp_path_factory) -> Path:
+    """A Python that sees the packages of `make test-colab`, and installs into a folder of its own."""
+    if "BIGMODEL_COLAB" not in os.environ:
+        pytest.skip("`make test-colab` makes an environment with Colab's packages")
+    folder = tmp_path_factory.mktemp("colab") / "venv"
+    source = Path(os.environ["BIGMODEL_COLAB"]).absolute()
+    subprocess.run([source / "bin" / "python", "-m", "venv", folder], check=True)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    (packages / "colab.pth").write_text(str(source / packages.relative_to(folder)))
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def content(colab_python, tmp_path_factory) -> Path:
+    """Colab's content folder with the course's wheel, as a reader uploads it; Jupyter finds that Python and a module google.colab."""
+    folder = tmp_path_factory.mktemp("content")
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(wheel, check=True)
+    kernel, startup = folder / "jupyter/kernels/colab", folder / "ipython/profile_default/startup"
+    kernel.mkdir(parents=True), startup.mkdir(parents=True)
+    command = [str(colab_python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Colab", "language": "python"}))
+    (startup / "colab.py").write_text("import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n")
+    return folder
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Of every package that a Python imports."""
+    program = "import importlib.metadata as m, json; print(json.dumps([(d.name, d.version) for d in m.distributions()][::-1]))"
+    found = json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
+    return {canonicalize_name(name): version for name, version in found}  # the first on the path is the last here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["00_start_here", "03_regularized_loss", "05_train_mlp"])
+def test_a_chapter_runs_with_colabs_packages(name, colab_python, content, monkeypatch):
+    """From its first cell to its last; the first chapter's first cell installs the package, and replaces nothing."""
+    monkeypatch.setenv("JUPYTER_PATH", str(content / "jupyter"))
+    monkeypatch.setenv("IPYTHONDIR", str(content / "ipython"))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    preinstalled = versions(colab_python)
+    cpu = {name: version.partition("+")[0] for name, version in colab()["cpu"].items() if name != "python"}
+    assert {name: preinstalled[name].partition("+")[0] for name in cpu} == cpu
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    book = nbformat.reads(path.read_text(encoding="utf-8").replace("/content", str(content)), 4)
+    nbclient.NotebookClient(book, kernel_name="colab", timeout=600, resources={"metadata": {"path": str(content)}}).execute()
+    now = versions(colab_python)
+    assert "bigmodel-utils" in now and {name: now[name] for name in preinstalled} == preinstalled
+    found = claims.stored(book)
+    assert len(found) > 10 and [name for name, claim in found.items() if claim["status"] == "fail"] == []

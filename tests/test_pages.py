@@ -1,7 +1,14 @@
 """The rendered report: the HTML works from the file system, and the PDF holds what a reader of paper needs."""
 
+import http.server
 import re
 import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -69,6 +76,53 @@ def dead_links(site: dict[Path, Page]) -> list[str]:
             ):
                 dead.append(f"{path.name}: {link}")
     return dead
+
+
+def unanswered(links: Iterable[str], timeout_s: float = 20) -> list[str]:
+    """Of links to elsewhere those that lead to nothing, with the reason; a server that only refuses programs is taken to be there."""
+
+    def ask(link: str, method: str = "HEAD") -> str | None:
+        request = urllib.request.Request(link, method=method, headers={"User-Agent": "Mozilla/5.0"})
+        try:
+            urllib.request.urlopen(request, timeout=timeout_s).close()
+        except urllib.error.HTTPError as error:
+            if method == "HEAD" and error.code in (403, 405, 501):
+                return ask(link, "GET")
+            return None if error.code in (401, 403, 429) else f"{link}: {error.code} {error.reason}"
+        except OSError as error:
+            return f"{link}: {getattr(error, 'reason', error)}"
+
+    with ThreadPoolExecutor(8) as pool:
+        return [wrong for wrong in pool.map(ask, sorted(links)) if wrong]
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A site of one page, one for people only, one that answers to GET alone, and one that never answers."""
+
+    def do_HEAD(self):
+        if self.path == "/silent":
+            time.sleep(2)
+        known = {"/here": 200, "/people": 403, "/old": 301, "/get": 200 if self.command == "GET" else 405}
+        self.send_response(known.get(self.path, 404))
+        if self.path == "/old":
+            self.send_header("Location", "/here")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_links_to_elsewhere_are_asked_for():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    site = f"http://127.0.0.1:{server.server_port}/"
+    wrong = unanswered([site + name for name in ("here", "people", "old", "get", "gone", "silent")], timeout_s=1)
+    server.shutdown()
+    server.server_close()
+    assert wrong == [f"{site}gone: 404 Not Found", f"{site}silent: timed out"]
+    assert len(unanswered([f"{site}here"])) == 1, "nobody listens there any more"
 
 
 def test_every_link_within_the_site_leads_somewhere(site):

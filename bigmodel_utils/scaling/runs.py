@@ -396,7 +396,7 @@ def plan(
     sizes, tokens = (Interval(*column) for column in zip(*(laws.compute_optimal(value, law) for value in budget)))
     if tokens.middle > max_tokens:
         raise Infeasible(
-            f"data: the optimum is {tokens.middle:.3g} tokens and there are {max_tokens:.3g}: repeat, or train longer a smaller model"
+            f"data: the optimum is {tokens.middle:.3g} tokens and there are {max_tokens:.3g}: repeat it, spend less, or train a larger model on it"
         )
     shape = shapes.shape_for(sizes.middle, vocab_size=vocab_size, context_length=context_length)
     batch_tokens = batch_tokens or round(0.292 * budget.middle**0.3271)
