@@ -17,7 +17,7 @@ import pypdfium2
 import pytest
 from conftest import Course, markdown, write_notebook
 
-from bigmodel_utils.report import chapters, compose
+from bigmodel_utils.report import chapters, compose, html
 
 
 class Page(HTMLParser):
@@ -135,6 +135,32 @@ def test_figures_have_captions_and_alternative_text(site):
         (image,) = (image for image in site[path].images if "_images" in image["src"])
         assert image["alt"] == "a rising line"
         assert re.search(rf"<strong>Figure {int(name[:2])}\.1\.</strong> The sum\.", path.read_text())
+
+
+def test_the_code_of_checks_is_folded_and_their_outcome_is_not(built: Course):
+    page = (built.folder / "build/small/html/03_first.html").read_text()
+    (fold,) = re.findall(r"<details(?:(?!</details>).)*Show how it is checked.*?</details>", page, re.DOTALL)
+    assert "claims" in fold and "One and one is two" in fold and "held to" not in fold
+    assert "held to" in page.partition(fold)[2]
+
+
+CHECK = 'claims.check("03-a", "is", 1, 1, 0, "here")\n'
+
+
+@pytest.mark.parametrize(
+    ("source", "folds"),
+    [
+        (CHECK, True),
+        ("_ = " + CHECK + CHECK, True),
+        ("x = 1\ny = 2\n" + 3 * CHECK, True),
+        ("x = 1\ny = 2\n" + 2 * CHECK, False),
+        ("x = 1", False),
+        ("", False),
+        ("claims.stored(x)", False),
+    ],
+)
+def test_a_cell_is_folded_where_it_mostly_checks(source, folds):
+    assert html.mostly_checks(source) == folds
 
 
 def test_references_in_prose_became_links(site):
