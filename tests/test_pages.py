@@ -17,7 +17,7 @@ import pypdfium2
 import pytest
 from conftest import Course, markdown, write_notebook
 
-from bigmodel_utils.report import chapters, compose, html
+from bigmodel_utils.report import chapters, compose
 
 
 class Page(HTMLParser):
@@ -144,6 +144,11 @@ def test_the_code_of_checks_is_folded_and_their_outcome_is_not(built: Course):
     assert "held to" in page.partition(fold)[2]
 
 
+def test_on_paper_only_the_outcome_of_checks_is_printed(document):
+    text = re.sub(r"\s+", " ", "".join(page.get_textpage().get_text_range() for page in document))
+    assert "One and one is two (2, held to = 2" in text and "claims.check(" not in text and "mostly check claims" in text
+
+
 CHECK = 'claims.check("03-a", "is", 1, 1, 0, "here")\n'
 
 
@@ -160,7 +165,7 @@ CHECK = 'claims.check("03-a", "is", 1, 1, 0, "here")\n'
     ],
 )
 def test_a_cell_is_folded_where_it_mostly_checks(source, folds):
-    assert html.mostly_checks(source) == folds
+    assert compose.mostly_checks(source) == folds
 
 
 def test_references_in_prose_became_links(site):

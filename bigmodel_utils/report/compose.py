@@ -5,6 +5,7 @@ Also the generated pages: the cover with the provenance of the numbers, the ledg
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -145,6 +146,17 @@ def _page(chapter: Chapter, record: dict[str, Any], build: Build, targets: Targe
         if "parameters" in tags(cell):
             cells += [extra | {"metadata": {}} for extra in injected]
     return Page(chapter, cells, record)
+
+
+def mostly_checks(source: str) -> bool:
+    """Whether three lines of code in five or more belong to `claims.check` or `claims.judge`, whose outputs say it in words."""
+    n_lines, n_checking = 0, 0
+    for statement in ast.parse(source).body:
+        own = statement.end_lineno - statement.lineno + 1
+        call = getattr(statement, "value", None)
+        is_check = isinstance(call, ast.Call) and ast.unparse(call.func) in ("claims.check", "claims.judge")
+        n_lines, n_checking = n_lines + own, n_checking + own * is_check
+    return n_checking >= 0.6 * n_lines > 0
 
 
 KINDS = ("image/svg+xml", "image/png", "text/html", "text/markdown", "text/latex", "text/plain")  # nothing that runs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -53,19 +52,8 @@ def _notebook(page: Page) -> dict:
 
 def _html_cell(cell: chapters.Cell) -> chapters.Cell:
     if cell["cell_type"] == "code":
-        return _folded(cell) if mostly_checks(chapters.text(cell)) else cell
+        return _folded(cell) if compose.mostly_checks(chapters.text(cell)) else cell
     return cell | {"source": _targets(compose.label_equations(chapters.text(cell)))}
-
-
-def mostly_checks(source: str) -> bool:
-    """Whether three lines of code in five or more belong to `claims.check` or `claims.judge`, whose outputs say it in words."""
-    n_lines, n_checking = 0, 0
-    for statement in ast.parse(source).body:
-        own = statement.end_lineno - statement.lineno + 1
-        call = getattr(statement, "value", None)
-        is_check = isinstance(call, ast.Call) and ast.unparse(call.func) in ("claims.check", "claims.judge")
-        n_lines, n_checking = n_lines + own, n_checking + own * is_check
-    return n_checking >= 0.6 * n_lines > 0
 
 
 def _folded(cell: chapters.Cell) -> chapters.Cell:

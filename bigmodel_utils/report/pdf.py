@@ -27,6 +27,7 @@ CJK_FONTS = (
 NO_FONT = (
     "The Chinese terms are left out: no Chinese font was found where this PDF was made (on Debian, fonts-noto-cjk has one)."
 )
+SHORTENED = "*The code of cells that mostly check claims is left out on paper; their outcomes are here, and the code is in the HTML report.*"
 CJK_TEXT = re.compile(r"[　-鿿＀-￯]+")
 
 
@@ -79,7 +80,7 @@ def build(report: Report, build: Build) -> Path:
 
 def _parts(report: Report, figures: Path) -> list[str]:
     setup = report.folder / "report"
-    parts = [compose.cover(report), "```{=typst}\n#contents()\n```"]
+    parts = [compose.cover(report), SHORTENED, "```{=typst}\n#contents()\n```"]
     parts += [_chapter(page, figures) for page in report.pages]
     parts += _course(course.pages(report), figures)
     parts += [
@@ -113,7 +114,7 @@ def figure_path(page: Page, position: int, figures: Path) -> Path:
 def _cell(cell: Cell, image: Path) -> str:
     if cell["cell_type"] == "markdown":
         return chapters.text(cell)
-    pieces = [_fenced(chapters.text(cell), "python")]
+    pieces = [] if compose.mostly_checks(chapters.text(cell)) else [_fenced(chapters.text(cell), "python")]
     for output in cell["outputs"]:
         pieces.append(_printable(_output(output, cell["metadata"].get("mystnb", {}), image)))
     return "\n\n".join(piece for piece in pieces if piece)
