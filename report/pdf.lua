@@ -77,7 +77,7 @@ local function paragraph(block)
   return blocks
 end
 
--- Raw HTML in the prose: <details> opens a framed block with its summary as heading; other tags vanish.
+-- Raw HTML in the prose: <details> opens a framed block with its summary as heading; tables are read as tables; other tags vanish.
 local function html_block(block)
   if block.format ~= 'html' then
     return nil
@@ -93,6 +93,9 @@ local function html_block(block)
   local id = text:match('<span id="([^"]+)">')
   if id then
     return typst(target(id))
+  end
+  if text:match('<table') then
+    return pandoc.read(text, 'html').blocks
   end
   return {}
 end

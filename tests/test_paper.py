@@ -155,6 +155,13 @@ def test_an_output_may_hold_any_character(tmp_path):
         assert "a\ufffdb \ufffd \ufffd ×" in "\n".join(text for *_, text in read_pages(document))
 
 
+def test_a_table_in_the_prose_is_a_table_on_paper(tmp_path):
+    table = "<table><tr><th>kind</th></tr><tr><td>a cell of it</td></tr></table>"
+    write_notebook(tmp_path / "03_table.ipynb", [markdown(f"# 3 Table\n\n{table}\n\nwords"), code("seed = 0", "parameters")])
+    path = pdf.build(*stored_report(tmp_path, [chapters.read(tmp_path / "03_table.ipynb")]))
+    assert "[a cell of it]" in path.with_suffix(".typ").read_text()
+
+
 def test_the_outline_names_every_chapter(report, document):
     top = [entry.get_title() for entry in document.get_toc() if entry.level == 0]
     chapters_and_more = [page.chapter.title for page in report[0].pages]
