@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import NOTEBOOKS, ROOT, markdown
 
+from bigmodel_utils import claims
 from bigmodel_utils.report import bootstrap, chapters, lint, profiles
 
 
@@ -107,6 +108,15 @@ def test_numbers_that_are_no_measurements_are_let_pass(tmp_path):
     prose = "Section 3.1, `0.5`, $x = 0.5$, Python 3.11, [it took 34 days](https://example.org), 1000 features, GPT-2."
     found = broken(tmp_path, lambda n: n["cells"].append(markdown(prose) | {"id": "z"}))
     assert not [error for error in found if "without a claim" in error]
+
+
+@pytest.mark.parametrize("value", [246453.27, 0.123456789, 1234567.0, 999999.9, 1e-9, 2.5, 1e300])
+def test_a_rounded_claim_is_shown_as_the_claim_itself(value):
+    claim = claims.Claim("03-a", "is", value, value, 0.0, ">=", "here", "pass")
+    output = {"output_type": "display_data", "data": {}, "metadata": {"claim": vars(claim)}}
+    cell = {"cell_type": "code", "id": "x", "metadata": {}, "source": "", "execution_count": 1, "outputs": [output]}
+    notebook = chapters.normalize({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    assert claims.Claim(**claims.stored(notebook)["03-a"]).figures() == claim.figures()
 
 
 def test_normalizing_twice_changes_nothing_and_streams_are_joined():

@@ -198,7 +198,10 @@ def _normal_data(kind: str, value: Any) -> Any:
 
 
 def _rounded(value: float | None) -> float | None:
-    return value if value is None or value.is_integer() else float(f"{value:.6g}")
+    """Six significant digits, but of what would then be a whole number all: those are shown in another way."""
+    if value is None or float(f"{value:.6g}").is_integer():
+        return value
+    return float(f"{value:.6g}")
 
 
 def _lines(source: str | list[str]) -> list[str]:
