@@ -199,9 +199,8 @@ def _normal_data(kind: str, value: Any) -> Any:
 
 def _rounded(value: float | None) -> float | None:
     """Six significant digits, but of what would then be a whole number all: those are shown in another way."""
-    if value is None or float(f"{value:.6g}").is_integer():
-        return value
-    return float(f"{value:.6g}")
+    rounded = None if value is None else float(f"{value:.6g}")
+    return value if rounded is None or rounded.is_integer() else rounded
 
 
 def _lines(source: str | list[str]) -> list[str]:

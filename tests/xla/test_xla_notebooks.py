@@ -25,7 +25,7 @@ def run(name: str, device_name: str, folder: Path, patch: pytest.MonkeyPatch, be
     """Execute a notebook at its smoke sizes on that device, a line of Python before it; the losses of each training."""
     course = chapters.read_all()
     profile = profiles.with_overrides(profiles.load("smoke", course), [f"{name}.device_name={device_name}"], course)
-    profile = dataclasses.replace(profile, cell_timeout_s=1800)  # XLA compiles each length of text that it samples
+    profile = dataclasses.replace(profile, cell_timeout_s=1800)  # XLA compiles a program for each shape of model
     chapter = next(chapter for chapter in course if chapter.name == name)
     cells = chapter.notebook["cells"]
     start = next(index for index, cell in enumerate(cells) if "notebook.start(" in chapters.text(cell))
